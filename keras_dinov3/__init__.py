@@ -1,0 +1,28 @@
+"""DINOv3 self-supervised training for Keras 3, on PyTorch, JAX and TensorFlow."""
+
+from keras_dinov3 import callbacks, data, evaluation, losses, visualize
+from keras_dinov3.augment import MultiCrop
+from keras_dinov3.encoder import Tokens, encode
+from keras_dinov3.heads import DINOHead
+from keras_dinov3.masking import BlockMasking, RandomMasking
+from keras_dinov3.model import DINOv3
+from keras_dinov3.schedules import WarmupCosine
+from keras_dinov3.targets import SoftmaxCentering, sinkhorn_knopp
+
+__all__ = [
+    "BlockMasking",
+    "DINOHead",
+    "DINOv3",
+    "MultiCrop",
+    "RandomMasking",
+    "SoftmaxCentering",
+    "Tokens",
+    "WarmupCosine",
+    "callbacks",
+    "data",
+    "encode",
+    "evaluation",
+    "losses",
+    "sinkhorn_knopp",
+    "visualize",
+]

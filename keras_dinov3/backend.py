@@ -1,0 +1,137 @@
+"""What differs between the engines; no other file asks which one is running."""
+
+import sys
+
+import keras
+from keras import ops
+
+
+def step_then(model, train_step, args, update):
+    """Runs Keras's train step, then `update`, inside the same compiled function.
+
+    Args:
+        model: The `keras.Model` that trains.
+        train_step: Bound `train_step` of the Keras trainer.
+        args: Its positional arguments: `(data,)`, or `(state, data)` on JAX.
+        update: Function of one int tensor, 1 when the optimizer has changed the weights in
+            this step and 0 on a micro-step of gradient accumulation. It may assign
+            any weight of the model.
+
+    Returns:
+        What `train_step` returns, with `update`'s assignments in the JAX state.
+    """
+    if keras.config.backend() == "jax":
+        return _jax_step_then(model, train_step, *args, update)
+    before = optimizer_updates(model) + 0  # a copy: torch updates in place
+    if keras.config.backend() == "torch":
+        import torch
+
+        # Keras clears gradients by variable path, and of variables that share a path, as those
+        # of student and teacher may, it clears only one.
+        for variable in model.trainable_variables:
+            variable.value.grad = None
+        result = train_step(*args)
+        with torch.no_grad():
+            update(optimizer_updates(model) - before)
+        return result
+    result = train_step(*args)
+    update(optimizer_updates(model) - before)
+    return result
+
+
+def _jax_step_then(model, train_step, state, data, update):
+    with keras.StatelessScope(zip(model.optimizer.variables, state[2], strict=True)):
+        before = optimizer_updates(model)
+    logs, (trainable, non_trainable, optimizer, metrics) = train_step(state, data)
+    variables = [
+        *model.trainable_variables,
+        *model.non_trainable_variables,
+        *model.optimizer.variables,
+    ]
+    values = [*trainable, *non_trainable, *optimizer]
+    with keras.StatelessScope(zip(variables, values, strict=True)) as scope:
+        update(optimizer_updates(model) - before)
+    non_trainable = [scope.get_current_value(v) for v in model.non_trainable_variables]
+    return logs, (trainable, non_trainable, optimizer, metrics)
+
+
+def optimizer_updates(model):
+    """How often the optimizer has changed the weights, an int tensor."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # loss scaling
+    return ops.convert_to_tensor(optimizer.iterations)
+
+
+def declare_shapes(inputs, shapes):
+    """TensorFlow's data pipelines and retraced functions forget sizes; this puts them back."""
+    if keras.config.backend() != "tensorflow" or shapes is None:
+        return inputs
+    import tensorflow as tf
+
+    return tf.nest.pack_sequence_as(
+        inputs, list(map(tf.ensure_shape, tf.nest.flatten(inputs), shapes))
+    )
+
+
+def full_tf_batches(dataset, first):
+    """Gives a `tf.data.Dataset` the static shapes of its first batch and drops short ones."""
+    import tensorflow as tf
+
+    shapes = [tuple(x.shape) for x in tf.nest.flatten(first)]
+
+    def is_full(*batch):
+        return tf.equal(tf.shape(tf.nest.flatten(batch)[0])[0], shapes[0][0])
+
+    def declare(*batch):
+        arrays = map(tf.ensure_shape, tf.nest.flatten(batch), shapes)
+        batch = tf.nest.pack_sequence_as(batch, list(arrays))
+        return batch if len(batch) > 1 else batch[0]
+
+    return dataset.filter(is_full).map(declare)
+
+
+def is_foreign_graph_tensor(x):
+    """Whether `x` is a symbolic TensorFlow tensor while another backend runs.
+
+    That is what `tf.data.Dataset.map` passes to its function.
+    """
+    tf = sys.modules.get("tensorflow")  # nobody can hold such a tensor without having it
+    return tf is not None and keras.config.backend() != "tensorflow" and tf.is_symbolic_tensor(x)
+
+
+def call_in_tf_graph(function, array, shapes):
+    """Runs a function of this backend inside a TensorFlow graph, on the host.
+
+    Args:
+        function: Function of one NumPy array that returns a dict of float32 tensors. It may be
+            called from several threads at once.
+        array: Symbolic TensorFlow tensor.
+        shapes: Dict with the shape of each output; `None` is an unknown length.
+
+    Returns:
+        Dict of symbolic TensorFlow tensors.
+    """
+    import tensorflow as tf
+
+    def run(array):
+        with keras.device("cpu"):
+            outputs = function(array)
+        return [ops.convert_to_numpy(outputs[name]) for name in shapes]
+
+    outputs = tf.numpy_function(run, [array], [tf.float32] * len(shapes))
+    return {
+        name: tf.ensure_shape(output, shape)
+        for (name, shape), output in zip(shapes.items(), outputs, strict=True)
+    }
+
+
+def compiled(function, static_argnames=()):
+    """A pure function for eager use: JAX compiles it, the other backends run it as it is.
+
+    JAX would otherwise compile each single operation on its first use, which takes minutes.
+    Under a compiled step this changes nothing.
+    """
+    if keras.config.backend() != "jax":
+        return function
+    import jax
+
+    return jax.jit(function, static_argnames=static_argnames)

@@ -1,0 +1,351 @@
+"""`DINOv3`: the whole training step, to be read from top to bottom."""
+
+import inspect
+
+import keras
+from keras import ops
+
+from keras_dinov3 import backend
+from keras_dinov3.augment import MultiCrop
+from keras_dinov3.callbacks import TeacherEMA
+from keras_dinov3.checks import check_settings, is_zero
+from keras_dinov3.encoder import check_backbone, encode, grid_of
+from keras_dinov3.heads import DINOHead
+from keras_dinov3.image_model import ImageModel, spread
+from keras_dinov3.losses import dino_loss, ibot_loss, koleo_loss
+from keras_dinov3.masking import BlockMasking, masked_slots
+from keras_dinov3.schedules import value_at
+from keras_dinov3.targets import make_targets
+
+
+@keras.saving.register_keras_serializable(package="keras_dinov3")
+class DINOv3(ImageModel):
+    """DINOv3 self-supervised training of a Keras Hub backbone by `fit(images)`.
+
+    A student sees masked global crops and local crops of each image, a teacher the whole
+    global crops. Class tokens are compared across crops (DINO), masked patches with the
+    teacher's view of them (iBOT), and KoLeo spreads the class tokens. The teacher is the
+    moving average of the student and is what `export_backbone` returns.
+
+    Args:
+        backbone: `keras_hub.models.DINOV3Backbone`, built with `use_mask_token=True`. It
+            becomes the student and is trained in place.
+        num_prototypes: Int, `K`, the prototypes of the class token head.
+        num_patch_prototypes: Int, the prototypes of the patch head. `None`: `num_prototypes`.
+        head_hidden_dim: Int. Width of the hidden layers of both heads.
+        head_bottleneck_dim: Int. Width of the unit vector before the prototypes.
+        head_num_layers: Int. Dense layers up to and including the bottleneck.
+        student_temperature: Float or schedule. Divides the student's logits.
+        teacher_temperature: Float or schedule. Divides the teacher's logits.
+        dino_weight: Float or schedule. Weight of the class token losses; the global and the
+            local one share it in proportion to their pairs of crops.
+        ibot_weight: Float or schedule. Weight of the masked patch loss.
+        koleo_weight: Float or schedule. Weight of KoLeo, summed over the global crops.
+        koleo_top_k: Int. Nearest neighbours that KoLeo pushes away.
+        drop_path_rate: Float in [0, 1). Share of the batch that skips each residual branch of
+            the student.
+        centering: `"sinkhorn_knopp"`, or a `SoftmaxCentering` layer, whose settings both the
+            class token and the patch targets take.
+        sinkhorn_iterations: Int. Alternations of `sinkhorn_knopp`.
+        augmentation: `MultiCrop` layer; `"multi_crop"` is one with its defaults. `None`: the
+            data are ready crops.
+        masking: `BlockMasking` or `RandomMasking` layer; `"block"` is the first with its
+            defaults. `None`: no patch is hidden, unless the data bring `masks`.
+        max_masked_patches: Int. For data that bring `masks`: slots for the masked
+            patches of a whole batch, over all its global crops. `None`: a slot for every patch.
+        teacher: Backbone to start the teacher from. `None`: a copy of `backbone`.
+        teacher_ema: `callbacks.TeacherEMA`; `"default"` is one with its defaults. `None`: the
+            teacher is frozen, for distillation. A `TeacherEMA` among `fit`'s callbacks
+            takes its place.
+        seed: Int. Seeds the default augmentation and masking, and the drop path.
+        **kwargs: Keyword arguments of `keras.Model`.
+
+    Call arguments:
+        inputs: Images `(B, H, W, C)`, uint8 0-255 or float 0-1. Or a dict of ready,
+            normalised crops: `"global_crops"` `(B, G, S, S, C)`, optionally `"local_crops"`
+            `(B, L, s, s, C)` and `"masks"` `(B, G, N)`, bool, true where hidden.
+
+    Logs:
+        `loss`, `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`: the total,
+        and the unweighted mean of each term whose weight is not the number 0.
+
+    Raises:
+        TypeError: If `backbone` is of no supported family.
+        ValueError: If settings contradict each other or the backbone.
+
+    Reference:
+        [Siméoni et al., 2025](https://arxiv.org/abs/2508.10104), section 3, equation 1;
+        [Oquab et al., 2023](https://arxiv.org/abs/2304.07193), section 4.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        num_prototypes=65536,
+        num_patch_prototypes=None,
+        head_hidden_dim=2048,
+        head_bottleneck_dim=256,
+        head_num_layers=3,
+        student_temperature=0.1,
+        teacher_temperature=0.07,
+        dino_weight=1.0,
+        ibot_weight=1.0,
+        koleo_weight=0.1,
+        koleo_top_k=1,
+        drop_path_rate=0.0,
+        centering="sinkhorn_knopp",
+        sinkhorn_iterations=3,
+        augmentation="multi_crop",
+        masking="block",
+        max_masked_patches=None,
+        teacher=None,
+        teacher_ema="default",
+        seed=None,
+        **kwargs,
+    ):
+        check_backbone(backbone)
+        super().__init__(autocast=False, dtype=backbone.dtype_policy, **kwargs)
+        if augmentation == "multi_crop":
+            augmentation = MultiCrop(seed=spread(seed, 0))
+        if masking == "block":
+            masking = BlockMasking(seed=spread(seed, 1))
+        if teacher_ema == "default":
+            teacher_ema = TeacherEMA()
+        self.num_prototypes = num_prototypes
+        self.num_patch_prototypes = num_patch_prototypes
+        self.head_hidden_dim = head_hidden_dim
+        self.head_bottleneck_dim = head_bottleneck_dim
+        self.head_num_layers = head_num_layers
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+        self.dino_weight = dino_weight
+        self.ibot_weight = ibot_weight
+        self.koleo_weight = koleo_weight
+        self.koleo_top_k = koleo_top_k
+        self.drop_path_rate = drop_path_rate
+        self.centering = centering
+        self.sinkhorn_iterations = sinkhorn_iterations
+        self.augmentation = augmentation
+        self.masking = masking
+        self.max_masked_patches = max_masked_patches
+        self.teacher_ema = teacher_ema
+        self.seed = seed
+        self.student = backbone
+        self.teacher = copy_of(backbone) if teacher is None else teacher
+        check_settings(self)
+
+        self.student_dino_head, self.student_ibot_head = self.make_heads(
+            "student", self.student.hidden_dim
+        )
+        self.teacher_dino_head, self.teacher_ibot_head = self.make_heads(
+            "teacher", self.teacher.hidden_dim
+        )
+        for student, teacher in self.student_and_teacher:
+            teacher.trainable = False
+            if isinstance(student, DINOHead) and teacher_ema is not None:
+                teacher.set_weights(student.get_weights())
+        self.class_targets = make_targets(centering, num_prototypes, sinkhorn_iterations)
+        self.patch_targets = make_targets(
+            centering, num_patch_prototypes or num_prototypes, sinkhorn_iterations
+        )
+        self.seed_generator = keras.random.SeedGenerator(spread(seed, 2))
+        self.step = self.add_weight((), "zeros", "int32", trainable=False, name="step")
+        self.make_logs(
+            dino_global_loss=dino_weight,
+            dino_local_loss=dino_weight,
+            ibot_loss=ibot_weight,
+            koleo_loss=koleo_weight,
+        )
+        self.built = True
+
+    def train_step(self, *args):
+        return backend.step_then(self, super().train_step, args, self.update_teacher)
+
+    def call(self, inputs, training=False):
+        global_crops, local_crops, masks, slots = self.make_views(inputs)
+        batch_size, num_crops = global_crops.shape[:2]
+
+        def see(backbone, crops, **kwargs):
+            tokens = encode(backbone, merge(crops), **kwargs)
+            return ops.reshape(tokens.cls, (batch_size, crops.shape[1], -1)), tokens.patches
+
+        dropping = {
+            "training": training,
+            "drop_path_rate": self.drop_path_rate,
+            "seed": self.seed_generator,
+        }
+        teacher_cls, teacher_patches = see(self.teacher, global_crops)
+        student_cls, student_patches = see(
+            self.student, global_crops, masks=None if masks is None else merge(masks), **dropping
+        )
+        outputs = {
+            "student_cls": student_cls,  # (B, G, D)
+            "student_global": self.student_dino_head(student_cls),  # (B, G, K)
+            "teacher_global": ops.stop_gradient(self.teacher_dino_head(teacher_cls)),
+        }
+        if local_crops is not None:
+            local_cls, _ = see(self.student, local_crops, **dropping)
+            outputs["student_local"] = self.student_dino_head(local_cls)  # (B, L, K)
+        if slots is not None:
+            student_patches = ops.take(merge(student_patches), slots.index, axis=0)  # (M, D)
+            teacher_patches = ops.take(merge(teacher_patches), slots.index, axis=0)
+            outputs["student_patches"] = self.student_ibot_head(student_patches)  # (M, K)
+            outputs["teacher_patches"] = ops.stop_gradient(self.teacher_ibot_head(teacher_patches))
+            outputs["slots"] = slots
+        return outputs
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        total, terms = self.loss_and_terms(y_pred, training)
+        self.watch(terms)
+        return total
+
+    def loss_and_terms(self, outputs, training=False):
+        """The total loss, and the unweighted mean of each of its terms by name."""
+        student_temperature = value_at(self.student_temperature, self.step)
+        teacher_temperature = value_at(self.teacher_temperature, self.step)
+        num_global = outputs["student_global"].shape[1]
+        num_local = outputs["student_local"].shape[1] if "student_local" in outputs else 0
+        pairs = {"global": num_global * (num_global - 1), "local": num_global * num_local}
+        terms, weights = {}, {}
+
+        targets = self.class_targets(
+            outputs["teacher_global"], teacher_temperature, training=training
+        )
+        for kind in [kind for kind in pairs if pairs[kind] and not is_zero(self.dino_weight)]:
+            name = f"dino_{kind}_loss"
+            terms[name] = ops.mean(
+                dino_loss(
+                    targets, outputs[f"student_{kind}"], student_temperature, kind == "global"
+                )
+            )
+            share = pairs[kind] / sum(pairs.values())
+            weights[name] = value_at(self.dino_weight, self.step) * share
+        if "slots" in outputs:
+            slots = outputs["slots"]
+            targets = self.patch_targets(
+                outputs["teacher_patches"],
+                teacher_temperature,
+                weights=slots.valid,
+                training=training,
+            )
+            losses = ibot_loss(targets, outputs["student_patches"], student_temperature)  # (M,)
+            batch_size = outputs["student_cls"].shape[0]
+            losses = ops.segment_sum(losses * slots.weight, slots.image, batch_size)  # (B,)
+            terms["ibot_loss"] = ops.mean(losses)
+            weights["ibot_loss"] = value_at(self.ibot_weight, self.step)
+        if not is_zero(self.koleo_weight):
+            losses = [
+                ops.mean(koleo_loss(outputs["student_cls"][:, crop], self.koleo_top_k))
+                for crop in range(num_global)
+            ]
+            terms["koleo_loss"] = ops.mean(ops.stack(losses))
+            weights["koleo_loss"] = value_at(self.koleo_weight, self.step) * num_global
+
+        return sum(weights[name] * terms[name] for name in terms), terms
+
+    def update_teacher(self, ticks):
+        """Moves the teacher by `teacher_ema` and counts the step; `ticks` is 1, or 0 to rest."""
+        if self.teacher_ema is not None:
+            momentum = value_at(self.teacher_ema.momentum, self.step)
+            momentum = ops.where(ticks > 0, momentum, 1.0)
+            for students, teachers in self.student_and_teacher:
+                for student, teacher in zip(students.weights, teachers.weights, strict=True):
+                    kept = momentum * ops.cast(teacher, "float32")
+                    teacher.assign(kept + (1.0 - momentum) * ops.cast(student, "float32"))
+        self.step.assign_add(ops.cast(ticks, "int32"))
+
+    # What the step is made of
+
+    def make_views(self, inputs):
+        """Crops, masks and slots of masked patches: `(B, G, ...)`, `(B, L, ...)`, `(B, G, N)`."""
+        crops = inputs = backend.declare_shapes(inputs, self.input_shapes)
+        if not isinstance(inputs, dict):
+            crops = self.augmentation(inputs)
+        global_crops, local_crops = crops["global_crops"], crops.get("local_crops")
+        if local_crops is not None and local_crops.shape[1] == 0:
+            local_crops = None
+        batch_size, num_crops = global_crops.shape[:2]
+        grid_size = grid_of(global_crops.shape[2:4], self.student.patch_size, "global_crops")
+        shape = (batch_size, num_crops, grid_size[0] * grid_size[1])
+
+        masks, slots = crops.get("masks"), None
+        if masks is not None:
+            if tuple(masks.shape) != shape:
+                raise ValueError(
+                    f"`masks` must have shape (images, global crops, patches)={shape}. "
+                    f"Received: masks.shape={tuple(masks.shape)}."
+                )
+            masks = ops.cast(masks, "bool")
+            slots = masked_slots(masks, self.max_masked_patches or shape[0] * shape[1] * shape[2])
+        elif self.masking is not None:
+            masks = self.masking.sample(batch_size, num_crops, grid_size)
+            num_masked = self.masking.num_masked(batch_size, num_crops, grid_size)
+            slots = masked_slots(masks, num_masked, exact=True)
+        if is_zero(self.ibot_weight):
+            slots = None
+        return global_crops, local_crops, masks, slots
+
+    def make_heads(self, name, width):
+        """The DINO and the iBOT head of one side."""
+        sizes = {
+            "dino": self.num_prototypes,
+            "ibot": self.num_patch_prototypes or self.num_prototypes,
+        }
+        heads = []
+        for kind, num_prototypes in sizes.items():
+            head = DINOHead(
+                num_prototypes,
+                self.head_hidden_dim,
+                self.head_bottleneck_dim,
+                self.head_num_layers,
+                dtype=self.student.dtype_policy,
+                name=f"{name}_{kind}_head",
+            )
+            head.build((None, width))
+            heads.append(head)
+        return heads
+
+    @property
+    def student_and_teacher(self):
+        """Pairs of modules with corresponding weights."""
+        return [
+            (self.student, self.teacher),
+            (self.student_dino_head, self.teacher_dino_head),
+            (self.student_ibot_head, self.teacher_ibot_head),
+        ]
+
+    # In and out
+
+    def export_backbone(self):
+        """The teacher as a plain Keras Hub backbone of its own: trainable, free of this model."""
+        return copy_of(self.teacher)
+
+    def get_config(self):
+        config = super().get_config()
+        config.pop("dtype")  # the backbone's
+        for name in ARGUMENTS:
+            config[name] = keras.saving.serialize_keras_object(getattr(self, name))
+        config["backbone"] = keras.saving.serialize_keras_object(self.student)
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        objects = {
+            name: keras.saving.deserialize_keras_object(config[name])
+            for name in ("backbone", *ARGUMENTS)
+        }
+        return cls(**{**config, **objects})
+
+
+ARGUMENTS = tuple(inspect.signature(DINOv3.__init__).parameters)[2:-1]  # after self, backbone
+
+
+def merge(x):
+    """Merges the first two axes: crops of images become a plain batch."""
+    return ops.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+
+
+def copy_of(backbone):
+    copy = type(backbone).from_config({**backbone.get_config(), "trainable": True})
+    copy.set_weights(backbone.get_weights())
+    return copy

@@ -1,0 +1,203 @@
+"""Every kind of data that `fit` takes, and that only full batches reach the step."""
+
+import keras
+import numpy as np
+import pytest
+import tiny
+
+import keras_dinov3 as kd
+from keras_dinov3.batches import full_batches
+
+COUNT = 2 * tiny.B + 3  # two full batches and a rest
+IMAGES = tiny.images(COUNT)
+LABELS = np.arange(COUNT)
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return -(-COUNT // tiny.B)
+
+    def __getitem__(self, index):
+        chosen = slice(index * tiny.B, (index + 1) * tiny.B)
+        return IMAGES[chosen], LABELS[chosen]
+
+
+def tf_dataset(*arrays):
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(arrays if len(arrays) > 1 else arrays[0])
+
+
+def loader(images, labels=None, **settings):
+    import torch
+
+    tensors = [torch.from_numpy(a) for a in (images, labels) if a is not None]
+    dataset = torch.utils.data.TensorDataset(*tensors)
+    return torch.utils.data.DataLoader(dataset, batch_size=tiny.B, shuffle=True, **settings)
+
+
+def grain_dataset(kind):
+    import grain
+
+    data = grain.MapDataset.source(IMAGES).batch(tiny.B)
+    return data.to_iter_dataset() if kind == "iter" else data
+
+
+def grain_loader():
+    import grain
+
+    sampler = grain.samplers.IndexSampler(COUNT, num_epochs=1, shuffle=True, seed=0)
+    operations = [grain.transforms.Batch(tiny.B, drop_remainder=True)]
+    return grain.DataLoader(data_source=IMAGES, sampler=sampler, operations=operations)
+
+
+def folder(path):
+    for index in range(COUNT):
+        keras.utils.save_img(path / f"{index}.png", IMAGES[index])
+    return keras.utils.image_dataset_from_directory(
+        path, labels=None, image_size=IMAGES.shape[1:3], batch_size=tiny.B, verbose=False
+    )
+
+
+KINDS = {
+    "array": lambda path: IMAGES,
+    "tf.data": lambda path: tf_dataset(IMAGES).batch(tiny.B),
+    "tf.data with labels": lambda path: tf_dataset(IMAGES, LABELS).batch(tiny.B),
+    "tf.data of static shape": lambda path: tf_dataset(IMAGES).batch(tiny.B, True),
+    "PyDataset": lambda path: Batches(),
+    "DataLoader": lambda path: loader(IMAGES),
+    "DataLoader with labels": lambda path: loader(IMAGES, LABELS),
+    "grain map": lambda path: grain_dataset("map"),
+    "grain iter": lambda path: grain_dataset("iter"),
+    "grain DataLoader": lambda path: grain_loader(),
+    "generator": lambda path: (IMAGES[i : i + tiny.B] for i in range(0, COUNT, tiny.B)),
+    "kd.data.image_folder": lambda path: (
+        folder(path) and kd.data.image_folder(path, IMAGES.shape[1:3], tiny.B, verbose=0)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fit_takes(model, kind, tmp_path):
+    before = int(model.step)
+    history = model.fit(KINDS[kind](tmp_path), epochs=1, verbose=0, **sizes(kind)).history
+    assert int(model.step) - before == 2  # the rest is dropped
+    assert np.isfinite(history["loss"][0])
+
+
+def sizes(kind):
+    return {"batch_size": tiny.B} if kind == "array" else {}
+
+
+def test_fit_takes_two_epochs_of_a_loader(model):
+    before = int(model.step)
+    model.fit(loader(IMAGES), epochs=2, verbose=0)
+    assert int(model.step) - before == 4
+
+
+def test_labels_beside_arrays_are_ignored(model):
+    model.fit(IMAGES, LABELS, batch_size=tiny.B, verbose=0)
+
+
+@pytest.fixture(scope="module")
+def float_model():
+    return tiny.model()
+
+
+def test_fit_takes_floats_from_a_directory(float_model, tmp_path):
+    """`image_dataset_from_directory` yields floats 0-255; `map` scales them."""
+    data = folder(tmp_path)
+    with pytest.raises(ValueError, match="divide by 255"):
+        float_model.fit(data, verbose=0)
+    float_model.fit(data.map(lambda x: x / 255.0), verbose=0)
+    assert int(float_model.step) == 2
+
+
+def test_fit_takes_keras_cv_layers_in_a_pipeline(float_model):
+    keras_cv = pytest.importorskip("keras_cv")
+    before = int(float_model.step)
+    augment = keras_cv.layers.Augmenter(
+        [
+            keras_cv.layers.RandomFlip(),
+            keras_cv.layers.RandomColorJitter((0, 255), 0.1, 0.1, 0.1, 0.1),
+            keras_cv.layers.RandomGaussianBlur(3, 0.5),
+        ]
+    )
+    data = tf_dataset(IMAGES.astype("float32")).batch(tiny.B, drop_remainder=True)
+    data = data.map(lambda x: augment({"images": x})["images"] / 255.0)
+    float_model.fit(data, verbose=0)
+    assert int(float_model.step) - before == 2
+
+
+@pytest.fixture(scope="module")
+def crop_model():
+    return tiny.model(augmentation=None, masking=None, max_masked_patches=50)
+
+
+@pytest.mark.parametrize("kind", ["array", "tf.data", "DataLoader"])
+def test_fit_takes_ready_crops_with_masks(crop_model, kind):
+    crops = tiny.crops(COUNT, masked=0.3)
+    before = int(crop_model.step)
+    if kind == "array":
+        crop_model.fit(crops, batch_size=tiny.B, verbose=0)
+    elif kind == "tf.data":
+        crop_model.fit(tf_dataset(crops).batch(tiny.B), verbose=0)
+    else:
+        import torch
+
+        dataset = [{name: array[i] for name, array in crops.items()} for i in range(COUNT)]
+        crop_model.fit(torch.utils.data.DataLoader(dataset, batch_size=tiny.B), verbose=0)
+    assert int(crop_model.step) - before == 2
+
+
+def test_fit_takes_crops_made_by_multi_crop_in_a_pipeline(crop_model):
+    crop = tiny.multi_crop()
+    data = tf_dataset(IMAGES).batch(tiny.B, drop_remainder=True).map(crop)
+    model = tiny.model(augmentation=None)  # masks of its own
+    model.fit(data, verbose=0)
+    assert int(model.step) == 2
+
+
+def test_validation_data(model):
+    history = model.fit(
+        IMAGES, batch_size=tiny.B, validation_data=(IMAGES[:5], LABELS[:5]), verbose=0
+    ).history
+    assert {"val_loss", "val_ibot_loss"} <= set(history)
+
+
+def test_arrays_are_shuffled_anew_and_the_rest_changes():
+    data, first = full_batches(np.arange(11)[:, None], 4, shuffle=True, seed=1)
+    epochs = []
+    for _ in range(6):
+        assert len(data) == 2
+        epochs.append([int(i) for batch in range(2) for i in data[batch][:, 0]])
+        data.on_epoch_end()
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert set().union(*epochs) == set(range(11))
+    again, _ = full_batches(np.arange(11)[:, None], 4, shuffle=True, seed=1)
+    assert [int(i) for i in again[0][:, 0]] == epochs[0][:4]
+
+
+def test_fewer_images_than_a_batch():
+    data, first = full_batches(np.arange(3)[:, None], 4)
+    assert len(data) == 1 and len(first) == 3
+
+
+def test_batch_size_is_for_arrays():
+    with pytest.raises(ValueError, match="batch_size.*arrays"):
+        full_batches(Batches(), 4)
+    with pytest.raises(ValueError, match="at least 1"):
+        full_batches(IMAGES, -2)
+
+
+def test_a_loader_keeps_its_settings():
+    data, _ = full_batches(loader(IMAGES, num_workers=0, timeout=0))
+    assert len(data) == 2 and data.batch_sampler.drop_last
+    complete = loader(IMAGES, drop_last=True)
+    assert full_batches(complete)[0] is complete

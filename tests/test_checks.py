@@ -1,0 +1,127 @@
+import keras
+import numpy as np
+import pytest
+import tiny
+
+import keras_dinov3 as kd
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def crop_model():
+    return tiny.model(augmentation=None, masking=None, max_masked_patches=40)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_prototypes": 0}, r"num_prototypes.*at least 1.*Received"),
+        ({"num_patch_prototypes": -3}, r"num_prototypes.*Received"),
+        ({"student_temperature": 0.0}, "student_temperature.*greater than 0"),
+        ({"teacher_temperature": kd.WarmupCosine(0.0, 5)}, "teacher_temperature.*greater than 0"),
+        ({"koleo_weight": -1.0}, "koleo_weight.*at least 0"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate.*less than 1"),
+        ({"max_masked_patches": 0}, "max_masked_patches.*at least 1"),
+        ({"centering": "softmax"}, "sinkhorn_knopp.*SoftmaxCentering"),
+        (
+            {"augmentation": tiny.multi_crop(global_crop_size=30)},
+            r"`global_crop_size` must be multiples.*30x30 pixels.*Nearest to 30: 24, 32",
+        ),
+        (
+            {"augmentation": tiny.multi_crop(local_crop_size=(16, 20))},
+            r"`local_crop_size`.*Nearest to 20: 16, 24",
+        ),
+    ],
+)
+def test_settings(config, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        tiny.model(**config)
+
+
+def test_a_backbone_without_mask_token():
+    with pytest.raises(ValueError, match="use_mask_token=False"):
+        tiny.model(backbone=tiny.backbone(use_mask_token=False))
+    tiny.model(
+        backbone=tiny.backbone(use_mask_token=False), masking=None, ibot_weight=0
+    )  # what the message says would work
+
+
+def test_teacher_of_another_width():
+    wide = tiny.backbone(hidden_dim=64)
+    with pytest.raises(ValueError, match=r"width 32.*width 64.*teacher_ema=None"):
+        tiny.model(teacher=wide)
+    assert tiny.model(teacher=wide, teacher_ema=None).teacher is wide
+
+
+def test_an_unsupported_backbone():
+    with pytest.raises(TypeError, match="DINOV3Backbone"):
+        tiny.model(backbone=keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tiny.images()[0], r"\(B, H, W, C\)"),
+        (tiny.images(channels=1), "3 channels"),
+        (np.moveaxis(tiny.images(), -1, 1), r"channels first: use `np.moveaxis"),
+        (tiny.images().astype("float32"), r"from 0 to 1.*divide by 255 or cast to uint8"),
+        (tiny.images(dtype="float32") * 2 - 1, r"from 0 to 1.*not yet normalised"),
+        (tiny.images().astype("int32"), "uint8 from 0 to 255.*int32"),
+        (np.where(tiny.images() > 9, np.nan, 0).astype("float32"), "must be finite"),
+        (tiny.images(0), "at least one image"),
+        (tiny.images(1), r"at least 2.*batch of 1.*koleo_weight=0"),
+        (tiny.crops(), r"Ready crops.*Received: keys"),
+        ([], "at least one image"),
+        (iter([]), "at least one image"),
+    ],
+)
+def test_images_before_any_compute(model, data, message):
+    if isinstance(data, dict):
+        data = {"crops": data["global_crops"]}
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        model.fit(data, verbose=0)
+    assert int(model.step) == 0
+
+
+def ready(**changes):
+    return {**tiny.crops(masked=0.3), **changes}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tiny.images(), r"augmentation=None.*ready crops"),
+        (ready(extra=np.zeros((4, 1))), "keys.*extra"),
+        ({"local_crops": tiny.crops()["local_crops"]}, "global_crops"),
+        (ready(global_crops=np.zeros((4, 2, 30, 24, 3), "float32")), "Nearest to 30: 24, 32"),
+        (ready(local_crops=np.zeros((4, 3, 16, 12, 3), "float32")), "Nearest to 12: 8, 16"),
+        (ready(global_crops=np.zeros((4, 2, 32, 24, 3), "uint8")), "normalised floats"),
+        (ready(local_crops=np.zeros((4, 16, 8, 3), "float32")), r"\(B, crops, H, W, C\)"),
+        (ready(masks=np.zeros((4, 2, 11), bool)), r"masks.*\(4, 2, 12\).*\(4, 2, 11\)"),
+        (ready(masks=np.ones((4, 2, 12), bool)), "96 hidden patches, max_masked_patches=40"),
+        (ready(local_crops=np.zeros((3, 3, 16, 8, 3), "float32")), "same"),
+        (tiny.crops(), "iBOT loss needs masked patches"),
+    ],
+)
+def test_crops_before_any_compute(crop_model, data, message):
+    for train in (crop_model.fit, crop_model.train_on_batch):
+        with pytest.raises(Exception, match=f"(?s){message}") as error:
+            train(data)
+        assert isinstance(error.value, ValueError)
+    assert int(crop_model.step) == 0
+
+
+def test_masks_need_a_mask_token():
+    backbone = tiny.backbone(use_mask_token=False)
+    model = tiny.model(backbone=backbone, augmentation=None, masking=None, ibot_weight=0)
+    with pytest.raises(ValueError, match="use_mask_token=True"):
+        model.train_on_batch(tiny.crops(masked=0.3))
+
+
+def test_heads_that_do_not_divide_the_width():
+    with pytest.raises(ValueError, match="hidden_dim=32, num_heads=3"):
+        tiny.model(backbone=tiny.backbone(num_heads=3))

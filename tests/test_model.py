@@ -1,0 +1,458 @@
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import tiny
+from golden import Golden, close, numpy, variable_gradients
+from keras import ops
+from meta import load_backbone, load_head, part
+
+import keras_dinov3 as kd
+from keras_dinov3.model import ARGUMENTS
+
+TERMS = {"loss", "dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss"}
+BACKEND = keras.config.backend()
+
+
+def weights_of(layers):
+    return [numpy(w).copy() for layer in layers for w in layer.weights]
+
+
+def student_weights(model):
+    return weights_of(student for student, _ in model.student_and_teacher)
+
+
+def teacher_weights(model):
+    return weights_of(teacher for _, teacher in model.student_and_teacher)
+
+
+class Counting(kd.DINOv3):
+    """Counts how often Python runs through the model: once per trace."""
+
+    traces = 0
+
+    def call(self, inputs, training=False):
+        Counting.traces += 1
+        return super().call(inputs, training)
+
+
+# The reference's whole step
+
+
+def golden_model():
+    golden = Golden("fb_step")
+    h = golden.hyperparameters
+    model = kd.DINOv3(
+        keras_hub.models.DINOV3Backbone(
+            patch_size=h["patch"],
+            num_layers=h["depth"],
+            hidden_dim=h["embed_dim"],
+            num_heads=h["num_heads"],
+            intermediate_dim=4 * h["embed_dim"],
+            num_register_tokens=h["storage"],
+            image_shape=(h["gs"], h["gs"], 3),
+            layer_norm_eps=1e-6,
+        ),
+        num_prototypes=h["K"],
+        num_patch_prototypes=h["Kp"],
+        head_hidden_dim=h["hid"],
+        head_bottleneck_dim=h["bot"],
+        head_num_layers=h["n_head_layers"],
+        student_temperature=h["student_temp"],
+        teacher_temperature=h["teacher_temp"],
+        dino_weight=h["dino_loss_weight"],
+        ibot_weight=h["ibot_loss_weight"],
+        koleo_weight=h["koleo_loss_weight"],
+        augmentation=None,
+        masking=None,
+    )
+    for side, index in (("student", 0), ("teacher", 1)):
+        backbone, dino_head, ibot_head = (pair[index] for pair in model.student_and_teacher)
+        load_backbone(backbone, part(golden.arrays, f"{side}/backbone."))
+        load_head(dino_head, part(golden.arrays, f"{side}/dino_head."))
+        load_head(ibot_head, part(golden.arrays, f"{side}/ibot_head."))
+
+    def image_major(x, num_crops):  # from rows [crop 0 of all images, crop 1 of all images, ...]
+        return np.moveaxis(x.reshape(num_crops, h["B"], *x.shape[1:]), 0, 1)
+
+    crops = {
+        name: image_major(golden[f"in/{name}"].transpose(0, 2, 3, 1), count)
+        for name, count in (("global_crops", 2), ("local_crops", h["nl"]))
+    }
+    crops["masks"] = image_major(golden["in/masks"], 2)
+    return golden, model, crops
+
+
+def test_golden_step():
+    golden, model, crops = golden_model()
+    crops = {name: ops.convert_to_tensor(array) for name, array in crops.items()}
+    outputs = model(crops, training=True)
+    crop_major = {
+        "student_global/cls_pre_head": "student_cls",
+        "student_global/cls_after_head": "student_global",
+        "student_local/cls_after_head": "student_local",
+        "teacher_global/cls_after_head": "teacher_global",
+    }
+    for key, name in crop_major.items():
+        golden.check(ops.swapaxes(outputs[name], 0, 1), f"mid/{key}")
+    # Our masked patches are ordered by image, the reference's by crop.
+    masks = golden["in/masks"]
+    crop, image = np.divmod(np.nonzero(masks)[0], masks.shape[0] // 2)
+    order = np.lexsort((np.nonzero(masks)[1], crop, image))
+    num_masked = len(order)
+    reference = golden["mid/student_global/masked_patch_after_head"][order]
+    close(outputs["student_patches"][:num_masked], reference, 1e-4, 1e-6)
+    targets = model.class_targets(outputs["teacher_global"], 0.05)
+    golden.check(ops.swapaxes(targets, 0, 1), "mid/teacher_global/cls_centered")
+    slots = outputs["slots"]
+    targets = model.patch_targets(outputs["teacher_patches"], 0.05, weights=slots.valid)
+    reference = golden["mid/teacher_global/masked_patch_centered"][order]
+    close(targets[:num_masked], reference, 1e-4, 1e-6)
+
+    student = model.student
+    variables = {
+        "backbone.cls_token": student.embeddings.cls_token,
+        "backbone.storage_tokens": student.embeddings.register_tokens,
+        "backbone.mask_token": student.embeddings.mask_token,
+        "backbone.patch_embed.proj.weight": student.embeddings.patch_embeddings.projection.kernel,
+        "backbone.blocks.1.ls2.gamma": student.encoder.layers[1].layer_scale2.lambda1,
+        "backbone.norm.weight": student.layernorm.gamma,
+        "dino_head.last_layer.weight": model.student_dino_head.weights[-1],
+        "dino_head.mlp.0.weight": model.student_dino_head.weights[0],
+        "ibot_head.mlp.4.bias": model.student_ibot_head.weights[-2],
+        "ibot_head.last_layer.weight": model.student_ibot_head.weights[-1],
+    }
+    others = [v for v in model.trainable_variables if not any(v is o for o in variables.values())]
+
+    def loss():
+        # A scope of its own: on JAX the terms' means may not leave the traced function.
+        y_pred = model(crops, training=True)
+        total, terms = model.loss_and_terms(y_pred)
+        loss.terms = terms
+        return total
+
+    total, gradients = variable_gradients(loss, [*variables.values(), *others])
+    golden.check(total, "out/total_loss")
+    for name, gradient in zip(variables, gradients, strict=False):
+        reference = golden[f"grad/{name}"]
+        if name.endswith("weight") and gradient.ndim > 1:
+            gradient = gradient.T if gradient.ndim == 2 else gradient.transpose(3, 2, 0, 1)
+        golden.check(gradient.reshape(reference.shape), f"grad/{name}")
+    norm = np.sqrt(sum(np.sum(g.astype("float64") ** 2) for g in gradients))
+    golden.check(np.float64(norm), "out/global_grad_norm")
+
+
+def test_golden_step_logs_each_term():
+    golden, model, crops = golden_model()
+    model.compile(keras.optimizers.SGD(0.0))
+    logs = model.evaluate(crops, batch_size=4, return_dict=True, verbose=0)
+    assert set(logs) == TERMS
+    for ours, reference in (
+        ("dino_global_loss", "dino_global_crops_loss"),
+        ("dino_local_loss", "dino_local_crops_loss"),
+        ("ibot_loss", "ibot_loss"),
+        ("koleo_loss", "koleo_loss"),
+    ):
+        golden.check(np.float32(logs[ours]), f"out/loss_dict/{reference}")
+    golden.check(np.float32(logs["loss"]), "out/total_loss")
+
+
+# `fit`
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model after two epochs of `fit`, its history, and how often the step was traced."""
+    Counting.traces = 0
+    kd_model, kd.DINOv3 = kd.DINOv3, Counting
+    try:
+        model = tiny.model(
+            teacher_temperature=kd.WarmupCosine(0.07, 20, warmup_steps=10, start=0.04, end=0.07),
+            teacher_ema=kd.callbacks.TeacherEMA(kd.WarmupCosine(0.9, 20, end=1.0)),
+            # A large epsilon: else Adam makes whole steps of the rounding noise in gradients
+            # that are 0 (key biases), and no two runs agree.
+            optimizer=keras.optimizers.AdamW(
+                kd.WarmupCosine(1e-3, 20, warmup_steps=2), epsilon=1e-3
+            ),
+            drop_path_rate=0.3,
+        )
+    finally:
+        kd.DINOv3 = kd_model
+    before = student_weights(model), teacher_weights(model)
+    data = tiny.images(11)  # two full batches and a rest
+    history = model.fit(data, batch_size=tiny.B, epochs=2, verbose=0).history
+    return model, before, history, Counting.traces
+
+
+def test_fit_trains_student_and_teacher(trained):
+    model, (student, teacher), history, _ = trained
+    assert set(history) == TERMS
+    assert all(np.all(np.isfinite(values)) for values in history.values())
+    assert int(model.step) == 4
+    for before, after in zip(student, student_weights(model), strict=True):
+        assert not np.array_equal(before, after)
+    for before, after in zip(teacher, teacher_weights(model), strict=True):
+        assert not np.array_equal(before, after)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch runs eagerly: there is no trace to count")
+def test_the_step_is_traced_once(trained):
+    assert trained[3] == 1
+
+
+def test_save_and_load_give_the_same_next_loss_and_teacher(trained, tmp_path):
+    model = trained[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(
+        tmp_path / "model.keras", custom_objects={"Counting": Counting}
+    )
+    assert int(loaded.step) == int(model.step)
+    assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations)
+    batch = tiny.images(seed=5)
+    expected = model.train_on_batch(batch, return_dict=True)
+    assert loaded.train_on_batch(batch, return_dict=True) == expected
+    for _ in range(2):  # optimizer, schedules, teacher and random state go on as well
+        expected = model.train_on_batch(batch, return_dict=True)
+        actual = loaded.train_on_batch(batch, return_dict=True)
+        assert actual == pytest.approx(expected, rel=2e-3)
+    for side in (student_weights, teacher_weights):
+        for a, b in zip(side(model), side(loaded), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_loads_under_another_backend_with_equal_features(tmp_path):
+    model = tiny.model()
+    model.save(tmp_path / "model.keras")
+    x = np.random.default_rng(0).normal(size=(2, *tiny.GLOBAL, 3)).astype("float32")
+    features = numpy(kd.encode(model.teacher, ops.convert_to_tensor(x)).cls)
+    np.savez(tmp_path / "features.npz", x=x, features=features)
+    other = {"torch": "jax", "jax": "tensorflow", "tensorflow": "torch"}[BACKEND]
+    code = """
+import keras, numpy as np, keras_dinov3 as kd
+from keras import ops
+model = keras.models.load_model("model.keras")
+saved = np.load("features.npz")
+cls = kd.encode(model.teacher, ops.convert_to_tensor(saved["x"])).cls
+print(keras.config.backend(), np.max(np.abs(ops.convert_to_numpy(cls) - saved["features"])))
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    name, error = result.stdout.split()[-2:]
+    assert name == other and float(error) < 1e-5
+
+
+def test_every_argument_is_in_the_config():
+    arguments = {
+        "num_prototypes": 9,
+        "num_patch_prototypes": 7,
+        "head_hidden_dim": 11,
+        "head_bottleneck_dim": 13,
+        "head_num_layers": 2,
+        "student_temperature": 0.2,
+        "teacher_temperature": kd.WarmupCosine(0.07, 10, warmup_steps=5, start=0.04, end=0.07),
+        "dino_weight": 0.5,
+        "ibot_weight": kd.WarmupCosine(1.0, 10, end=0.5),
+        "koleo_weight": 0.3,
+        "koleo_top_k": 2,
+        "drop_path_rate": 0.1,
+        "centering": kd.SoftmaxCentering(0.8),
+        "sinkhorn_iterations": 2,
+        "augmentation": tiny.multi_crop(num_local_crops=1),
+        "masking": kd.RandomMasking(0.4),
+        "max_masked_patches": 5,
+        "teacher": tiny.backbone(),
+        "teacher_ema": kd.callbacks.TeacherEMA(0.5),
+        "seed": 8,
+    }
+    assert set(arguments) == set(ARGUMENTS)
+    model = kd.DINOv3(tiny.backbone(), **arguments)
+    config = json.loads(json.dumps(model.get_config()))
+    copy = kd.DINOv3.from_config(config)
+    assert json.loads(json.dumps(copy.get_config())) == config
+    assert copy.teacher_ema.momentum == 0.5
+    assert copy.teacher_temperature.start == 0.04
+    assert copy.student.num_layers == 2
+
+
+def test_export_is_a_plain_backbone(trained, tmp_path):
+    model = trained[0]
+    exported = model.export_backbone()
+    assert type(exported) is keras_hub.models.DINOV3Backbone
+    exported.save_to_preset(str(tmp_path / "preset"))
+    loaded = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
+    assert loaded.trainable
+    x = ops.convert_to_tensor(tiny.images(2, *tiny.GLOBAL, dtype="float32"))
+    tokens = kd.encode(model.teacher, x)
+    close(loaded({"pixel_values": x})[:, 0], numpy(tokens.cls), 0, 1e-5)
+
+
+def test_evaluate_changes_nothing(trained):
+    model = trained[0]
+    before = [*student_weights(model), *teacher_weights(model), numpy(model.step)]
+    logs = model.evaluate(tiny.images(9), batch_size=tiny.B, return_dict=True, verbose=0)
+    assert set(logs) == TERMS
+    for a, b in zip(
+        before, [*student_weights(model), *teacher_weights(model), numpy(model.step)], strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_non_finite_loss_stops_and_names_the_term():
+    model = tiny.model()
+    head = model.student_ibot_head
+    head.set_weights([np.full(w.shape, np.nan, "float32") for w in head.get_weights()])
+    with pytest.raises(FloatingPointError, match=r"first: ibot_loss, at step 1\..*learning rate"):
+        model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, epochs=3, verbose=0)
+
+
+# The teacher
+
+
+class Recorder(keras.callbacks.Callback):
+    """Student weights after every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.students = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        if BACKEND == "jax":
+            self.model.jax_state_sync()
+        self.students.append(student_weights(self.model))
+
+
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_teacher_equals_its_recurrence_after_20_updates(accumulation):
+    momentum = kd.WarmupCosine(0.9, 20, warmup_steps=5, start=0.5, end=1.0)
+    optimizer = keras.optimizers.AdamW(1e-2, gradient_accumulation_steps=accumulation)
+    model = tiny.model(optimizer)
+    expected = [w.astype("float64") for w in teacher_weights(model)]
+    recorder = Recorder()
+    micro_steps = accumulation or 1
+    model.fit(
+        tiny.images(2 * tiny.B),
+        batch_size=tiny.B,
+        epochs=10 * micro_steps,
+        verbose=0,
+        callbacks=[kd.callbacks.TeacherEMA(momentum), recorder],
+    )
+    updates = recorder.students[micro_steps - 1 :: micro_steps]
+    assert len(updates) == 20 and int(model.step) == 20
+    for t, students in enumerate(updates):
+        m = float(momentum(t))
+        expected = [m * e + (1 - m) * s for e, s in zip(expected, students, strict=True)]
+    for e, teacher in zip(expected, teacher_weights(model), strict=True):
+        np.testing.assert_allclose(teacher, e, rtol=0, atol=1e-6)
+    if accumulation:  # micro-steps in between left the student alone
+        for a, b in zip(recorder.students[0::2][1:], recorder.students[1::2], strict=False):
+            assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no steps_per_execution on torch")
+def test_teacher_under_steps_per_execution():
+    results = []
+    for steps in (1, 4):
+        model = tiny.model(compile={"steps_per_execution": steps})
+        model.fit(
+            tiny.images(20 * tiny.B),
+            batch_size=tiny.B,
+            verbose=0,
+            shuffle=False,
+            callbacks=[kd.callbacks.TeacherEMA(kd.WarmupCosine(0.9, 20, end=1.0))],
+        )
+        assert int(model.step) == 20
+        results.append((teacher_weights(model), student_weights(model)))
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_without_teacher_ema_the_teacher_stays():
+    model = tiny.model(teacher_ema=None)
+    student, teacher = student_weights(model), teacher_weights(model)
+    model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0)
+    assert int(model.step) == 2
+    for a, b in zip(teacher, teacher_weights(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not all(
+        np.array_equal(a, b) for a, b in zip(student, student_weights(model), strict=True)
+    )
+
+
+def test_no_gradient_reaches_the_teacher():
+    model = tiny.model()
+    assert not any(layer.trainable_weights for _, layer in model.student_and_teacher)
+    trained = {id(v) for v in model.trainable_variables}
+    assert trained == {id(w) for layer, _ in model.student_and_teacher for w in layer.weights}
+
+
+# Masks that a user brings
+
+
+def test_padded_slots_change_no_loss():
+    ready = tiny.crops(masked=0.3)
+    num_masked = int(ready["masks"].sum())
+    losses = {}
+    for slots in (num_masked, num_masked + 7, None):
+        model = tiny.model(masking=None, augmentation=None, max_masked_patches=slots)
+        tensors = {name: ops.convert_to_tensor(array) for name, array in ready.items()}
+        total, terms = model.loss_and_terms(model(tensors))
+        losses[slots] = [float(total)] + [float(terms[name]) for name in sorted(terms)]
+    np.testing.assert_allclose(losses[num_masked + 7], losses[num_masked], rtol=2e-7)
+    np.testing.assert_allclose(losses[None], losses[num_masked], rtol=2e-7)
+
+
+def test_too_many_masked_patches_are_never_dropped_in_silence():
+    ready = tiny.crops(masked=0.3)
+    num_masked = int(ready["masks"].sum())
+    model = tiny.model(masking=None, augmentation=None, max_masked_patches=num_masked - 1)
+    with pytest.raises(ValueError, match=f"{num_masked} hidden patches"):
+        model.train_on_batch(ready)
+    tensors = {name: ops.convert_to_tensor(array) for name, array in ready.items()}
+    _, terms = model.loss_and_terms(model(tensors))
+    assert np.isnan(float(terms["ibot_loss"]))
+
+
+# Variants
+
+
+def test_mixed_bfloat16_trains_with_float32_losses():
+    model = tiny.model(backbone=tiny.backbone(dtype="mixed_bfloat16"))
+    assert model.student_dino_head.compute_dtype == "bfloat16"
+    outputs = model(ops.convert_to_tensor(tiny.images()))
+    assert keras.backend.standardize_dtype(outputs["student_global"].dtype) == "bfloat16"
+    total, terms = model.loss_and_terms(outputs)
+    for value in (total, *terms.values()):
+        assert keras.backend.standardize_dtype(value.dtype) == "float32"
+    before = teacher_weights(model)
+    history = model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, epochs=2, verbose=0).history
+    assert np.all(np.isfinite(history["loss"]))
+    for a, b in zip(before, teacher_weights(model), strict=True):
+        assert b.dtype == "float32" and not np.array_equal(a, b)
+
+
+def test_softmax_centering_moves_in_training_and_is_saved(tmp_path):
+    model = tiny.model(
+        centering=kd.SoftmaxCentering(0.5), masking=kd.RandomMasking(0.4, seed=1), koleo_weight=0
+    )
+    centres = [model.class_targets.weights[0], model.patch_targets.weights[0]]
+    assert [c.shape[-1] for c in centres] == [tiny.K, tiny.K_PATCH]
+    history = model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0).history
+    assert set(history) == TERMS - {"koleo_loss"}
+    assert all(np.any(numpy(c) != 0) for c in centres)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(numpy(loaded.class_targets.weights[0]), numpy(centres[0]))
+    batch = tiny.images(seed=2)
+    expected = model.train_on_batch(batch, return_dict=True)
+    assert loaded.train_on_batch(batch, return_dict=True) == expected
