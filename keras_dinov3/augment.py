@@ -93,8 +93,8 @@ class MultiCrop(keras.layers.Layer):
         std: Number, or one per channel, that divides after that. `None` is ImageNet's
             (0.229, 0.224, 0.225) for three channels and 0.25 for any other number of them.
         seed: Int or `None` (a new one each time). The same seed gives the same crops on the
-            same backend, compiled in the same way. The position in the random sequence is
-            saved with the layer.
+            same backend, compiled in the same way. `DINOv3` saves the position in the random
+            sequence.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -344,14 +344,6 @@ class MultiCrop(keras.layers.Layer):
         image_dtype(images)
         shapes = self.compute_output_shape(images.shape)
         return {name: keras.KerasTensor(shape, "float32") for name, shape in shapes.items()}
-
-    # Keras saves a layer's weights only; without the seed state a resumed run would see the
-    # crops of its beginning again.
-    def save_own_variables(self, store):
-        store["seed_generator_state"] = self.seed_generator.state
-
-    def load_own_variables(self, store):
-        self.seed_generator.state.assign(store["seed_generator_state"])
 
     def get_config(self):
         names = [name for name in inspect.signature(MultiCrop).parameters if name != "kwargs"]

@@ -1,5 +1,6 @@
 """What differs between the engines; no other file asks which one is running."""
 
+import contextlib
 import sys
 
 import keras
@@ -22,10 +23,10 @@ def step_then(model, train_step, args, update):
     """
     if keras.config.backend() == "jax":
         return _jax_step_then(model, train_step, *args, update)
-    before = optimizer_updates(model) + 0  # a copy: torch updates in place
     if keras.config.backend() == "torch":
         import torch
 
+        before = optimizer_updates(model) + 0  # a copy: torch updates in place
         # Keras clears gradients by variable path, and of variables that share a path, as those
         # of student and teacher may, it clears only one.
         for variable in model.trainable_variables:
@@ -34,8 +35,10 @@ def step_then(model, train_step, args, update):
         with torch.no_grad():
             update(optimizer_updates(model) - before)
         return result
-    result = train_step(*args)
-    update(optimizer_updates(model) - before)
+    with after(args):
+        before = optimizer_updates(model) + 0
+        result = train_step(*args)
+        update(optimizer_updates(model) - before)
     return result
 
 
@@ -53,6 +56,20 @@ def _jax_step_then(model, train_step, state, data, update):
         update(optimizer_updates(model) - before)
     non_trainable = [scope.get_current_value(v) for v in model.non_trainable_variables]
     return logs, (trainable, non_trainable, optimizer, metrics)
+
+
+def after(data):
+    """A context whose operations wait for `data` in a TensorFlow graph.
+
+    A `tf.data.Dataset` of unknown length ends in the middle of Keras's step function. What needs
+    no data (step counts, weight decay, teacher, the denominators of metrics) would run once more
+    by then.
+    """
+    if keras.config.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies([x for x in tf.nest.flatten(data) if x is not None])
 
 
 def optimizer_updates(model):

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dinov3 import backend
 from keras_dinov3.batches import full_batches
 from keras_dinov3.callbacks import StopOnNonFinite, TeacherEMA
 from keras_dinov3.checks import check_batch, is_zero
@@ -88,6 +89,10 @@ class ImageModel(keras.Model):
         self.declare(x)
         return super().train_on_batch(x, **kwargs)
 
+    def test_step(self, *args):
+        with backend.after(args):
+            return super().test_step(*args)
+
     def prepare(self, x, *args):
         x, first = full_batches(x, *args)
         self.declare(first)
@@ -101,6 +106,8 @@ class ImageModel(keras.Model):
         if shapes != self.input_shapes:
             self.input_shapes = shapes
             self.train_function = self.test_function = None
+        if self.optimizer is not None and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)  # in a step, TensorFlow traces twice
 
     def __setattr__(self, name, value):
         if name == "teacher_ema" and value is not getattr(self, name, None):

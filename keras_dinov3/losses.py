@@ -47,9 +47,9 @@ def dino_loss(y_true, y_pred, student_temperature=0.1, ignore_diagonal=False):
             "`ignore_diagonal` needs two crops on one side. Received: "
             f"y_true.shape={tuple(y_true.shape)}, y_pred.shape={tuple(y_pred.shape)}."
         )
-    keep = ops.ones((num_teacher, num_student))
+    keep = ops.ones((num_teacher, num_student), "float32")
     if ignore_diagonal:
-        keep = keep - ops.eye(num_teacher, num_student)
+        keep = keep - ops.eye(num_teacher, num_student, dtype="float32")
     y_true = ops.cast(y_true, "float32")
     log_probs = ops.log_softmax(ops.cast(y_pred, "float32") / student_temperature)  # (B, S, K)
     # A product and a sum per teacher crop: accelerators may round the inputs of a matmul.

@@ -25,13 +25,6 @@ class _Masking(keras.layers.Layer):
         """Masked patches of a batch, the same for every batch: a Python int."""
         return int(np.sum(self.target_counts(batch_size, num_crops, grid_size)))
 
-    # Keras leaves seed generators out of its files; a resumed run must not repeat its masks.
-    def save_own_variables(self, store):
-        store["seed_state"] = self.seed_generator.state
-
-    def load_own_variables(self, store):
-        self.seed_generator.state.assign(store["seed_state"])
-
 
 @keras.saving.register_keras_serializable(package="keras_dinov3")
 class BlockMasking(_Masking):

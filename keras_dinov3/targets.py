@@ -110,7 +110,12 @@ class SoftmaxCentering(keras.layers.Layer):
     def build(self, logits_shape):
         def add(name, shape):
             return self.add_weight(
-                name=name, shape=shape, initializer="zeros", dtype="float32", trainable=False
+                name=name,
+                shape=shape,
+                initializer="zeros",
+                dtype="float32",
+                autocast=False,
+                trainable=False,
             )
 
         self.center = add("center", (logits_shape[-1],))

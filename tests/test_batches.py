@@ -155,6 +155,14 @@ def test_fit_takes_ready_crops_with_masks(crop_model, kind):
     assert int(crop_model.step) - before == 2
 
 
+def test_a_tf_dataset_of_unknown_length_has_the_same_means(crop_model):
+    crops = tiny.crops(2 * tiny.B, masked=0.3)
+    known = tf_dataset(crops).batch(tiny.B, drop_remainder=True)
+    unknown = tf_dataset(crops).batch(tiny.B)
+    logs = [crop_model.evaluate(data, verbose=0, return_dict=True) for data in (known, unknown)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
+
+
 def test_fit_takes_crops_made_by_multi_crop_in_a_pipeline(crop_model):
     crop = tiny.multi_crop()
     data = tf_dataset(IMAGES).batch(tiny.B, drop_remainder=True).map(crop)

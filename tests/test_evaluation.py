@@ -320,7 +320,7 @@ def train(images, watch):
     backbone = make_backbone(seed=3)
     keras.utils.set_random_seed(4)
     model = Classifier(backbone)
-    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.compile(keras.optimizers.Adam(1e-2), "mse")
     callbacks = [Watch(backbone, images)] if watch else []
     x = images[:6].astype("float32") / 255
     y = np.eye(2, dtype="float32")[np.arange(6) % 2]

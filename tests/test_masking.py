@@ -459,12 +459,12 @@ def test_fit_predict_and_save_inside_a_model(cls, jit, tmp_path):
     assert loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert float(numpy(model.token.value)) == pytest.approx(token, rel=1e-5)
 
-    model.save(tmp_path / "model.keras")
-    restored = keras.saving.load_model(tmp_path / "model.keras")
     masks = model.predict(x, batch_size=4, verbose=0) != 1
     np.testing.assert_array_equal(masks.reshape(3, -1).sum(1), [total] * 3)
     assert np.any(masks[:4] != masks[4:8])  # drawn anew, not traced once
-    np.testing.assert_array_equal(masks, restored.predict(x, batch_size=4, verbose=0) != 1)
+    model.save(tmp_path / "model.keras")
+    restored = keras.saving.load_model(tmp_path / "model.keras")
+    assert float(numpy(restored.token.value)) == pytest.approx(token, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,9 @@ def test_targets_are_float32_from_bfloat16():
         expected = targets(exact, 0.1) if targets is sinkhorn_knopp else ops.softmax(exact / 0.1)
         close(actual, numpy(expected), 1e-6, 0)
     assert layer.center.dtype == "float32"
+    reference = SoftmaxCentering(dtype="float32")
+    reference(exact, 0.1)
+    close(layer(x, 0.1), numpy(reference(exact, 0.1)), 1e-6, 0)  # with the moved center
 
 
 # Softmax centering
