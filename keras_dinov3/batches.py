@@ -36,6 +36,7 @@ def full_batches(data, batch_size=None, shuffle=False, seed=None):
         )
     if isinstance(data, keras.utils.PyDataset):
         return full_py_dataset(data)
+    data = from_directory(data)
     if hasattr(data, "to_iter_dataset"):  # grain.MapDataset, whose filter would leave gaps
         data = data.to_iter_dataset()
     is_generator = hasattr(data, "__next__")
@@ -55,6 +56,23 @@ def full_batches(data, batch_size=None, shuffle=False, seed=None):
     elif getattr(data, "batch_sampler", None) is not None:  # torch DataLoader
         data = full_loader(data, first)
     return data, first
+
+
+def from_directory(data):
+    """Brings what `keras.utils.image_dataset_from_directory` yields from 0-255 to 0-1.
+
+    Any other data stay as they are: floats from 0 to 255 cannot be told from broken ones.
+    """
+    if not hasattr(data, "file_paths"):
+        return data
+
+    def scale(*batch):
+        if len(batch) == 1:
+            (batch,) = batch  # images, or grain's tuple
+        images, *labels = batch if isinstance(batch, tuple) else (batch,)
+        return (images / 255.0, *labels) if labels else images / 255.0
+
+    return data.map(scale)
 
 
 def full_loader(loader, first):

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_dinov3.augment import MultiCrop, as_pair
+from keras_dinov3.batches import from_directory
 from keras_dinov3.checks import as_numpy, channels_of, check_pixels
 from keras_dinov3.encoder import check_backbone, encode, grid_of
 from keras_dinov3.image_ops import cubic_kernel, resampling_weights
@@ -182,7 +183,7 @@ def batches(data, batch_size):
         parts = (images,) if labels is None else (images, labels)
         starts = range(0, len(images), batch_size)
         data = ([part[start : start + batch_size] for part in parts] for start in starts)
-    for batch in data:
+    for batch in from_directory(data):
         images, labels = split(batch)
         yield as_numpy(images), None if labels is None else as_numpy(labels)
 

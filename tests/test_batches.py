@@ -7,6 +7,7 @@ import tiny
 
 import keras_dinov3 as kd
 from keras_dinov3.batches import full_batches
+from keras_dinov3.evaluation import batches
 
 COUNT = 2 * tiny.B + 3  # two full batches and a rest
 IMAGES = tiny.images(COUNT)
@@ -109,13 +110,35 @@ def float_model():
     return tiny.model()
 
 
-def test_fit_takes_floats_from_a_directory(float_model, tmp_path):
-    """`image_dataset_from_directory` yields floats 0-255; `map` scales them."""
+def test_fit_takes_a_directory_of_keras(float_model, tmp_path):
+    """`image_dataset_from_directory` yields floats from 0 to 255."""
     data = folder(tmp_path)
-    with pytest.raises(ValueError, match="divide by 255"):
-        float_model.fit(data, verbose=0)
-    float_model.fit(data.map(lambda x: x / 255.0), verbose=0)
+    float_model.fit(data, verbose=0)
     assert int(float_model.step) == 2
+    with pytest.raises(ValueError, match="divide by 255"):
+        float_model.fit(data.map(lambda x: x), verbose=0)
+
+
+@pytest.mark.parametrize("format", ["tf", "grain"])
+@pytest.mark.parametrize("labels", [None, "inferred"])
+def test_a_directory_of_keras_is_scaled(format, labels, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        keras.utils.save_img(tmp_path / name / "1.png", IMAGES[0], scale=False)
+    data = keras.utils.image_dataset_from_directory(
+        tmp_path,
+        labels=labels,
+        image_size=IMAGES.shape[1:3],
+        batch_size=2,
+        format=format,
+        verbose=False,
+    )
+    _, first = full_batches(data)
+    images = first[0] if labels else first
+    np.testing.assert_allclose(images[0], IMAGES[0] / 255.0, atol=1e-6)
+    (images, given), *_ = batches(data, 1)
+    np.testing.assert_allclose(images[1], IMAGES[0] / 255.0, atol=1e-6)
+    assert (given is None) == (labels is None)
 
 
 def test_fit_takes_keras_cv_layers_in_a_pipeline(float_model):
