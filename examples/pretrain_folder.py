@@ -56,6 +56,16 @@ def parse_arguments():
     return parser, parser.parse_args()
 
 
+def check_arguments(args):
+    for name in ("image_size", "batch_size", "epochs", "patch_size", "width", "depth", "heads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1.")
+    if args.batch_size < 2:
+        raise ValueError("--batch-size must be at least 2: KoLeo compares images.")
+    if not 0 < args.learning_rate < 1:
+        raise ValueError("--learning-rate must be above 0 and below 1.")
+
+
 def load_data(args):
     """The training images, and if there are classes the two sides of k-NN, else `None`."""
 
@@ -121,10 +131,8 @@ def build_model(args):
         num_local_crops=4,
         global_crop_scale=(0.4, 1.0),
         local_crop_scale=(0.1, 0.4),
-        blur_sigma=(
-            0.1,
-            0.1 + 1.9 * args.crop_size / 224,
-        ),  # as wide, for its size, as the recipe's
+        # as wide, for the crop's size, as the recipe's
+        blur_sigma=(0.1, 0.1 + 1.9 * args.crop_size / 224),
         seed=args.seed,
     )
     return kd.DINOv3(
@@ -189,6 +197,7 @@ def main():
     if args.mixed_bfloat16:
         keras.config.set_dtype_policy("mixed_bfloat16")
     try:
+        check_arguments(args)
         model = None if args.resume else build_model(args)
         data, neighbours, test = load_data(args)
         check_output(args)
@@ -197,10 +206,11 @@ def main():
 
     if args.resume:
         model = keras.saving.load_model(checkpoint)
-        data.epoch = int(model.step) // len(data)  # the order of the images goes on, too
-        if data.epoch >= args.epochs:
+        start_epoch = int(model.step) // len(data)
+        if start_epoch >= args.epochs:
             parser.error(f"The run in {out} has had its {args.epochs} epochs.")
     else:
+        start_epoch = 0
         compile_model(model, args.learning_rate, args.epochs * len(data))
 
     callbacks, references = [], {}
@@ -209,16 +219,15 @@ def main():
         callbacks.append(knn)
         references["raw pixels"] = raw_pixel_accuracy(neighbours, test)
         print(f"k-NN of raw pixels: {references['raw pixels']:.1%}")
+        start = "after resuming" if args.resume else "before training"
         print_accuracy = keras.callbacks.LambdaCallback(
-            on_train_begin=lambda logs: print(f"k-NN before training: {knn.history[0][1]:.1%}"),
+            on_train_begin=lambda logs: print(f"k-NN {start}: {knn.history[0][1]:.1%}"),
             on_train_end=lambda logs: print(f"k-NN after training: {knn.history[-1][1]:.1%}"),
         )
         callbacks.append(print_accuracy)
     callbacks.append(keras.callbacks.CSVLogger(out / "log.csv", append=args.resume))
     callbacks.append(Checkpoint(checkpoint))
-    model.fit(
-        data, epochs=args.epochs, initial_epoch=data.epoch, shuffle=False, callbacks=callbacks
-    )
+    model.fit(data, epochs=args.epochs, initial_epoch=start_epoch, callbacks=callbacks)
 
     backbone = model.export_backbone()
     backbone.save_to_preset(str(out / "backbone"))

@@ -12,6 +12,7 @@ from keras import ops
 from keras_dinov3 import backend
 from keras_dinov3.image_ops import (
     KERNELS,
+    OUT_OF_RANGE,
     blur,
     check_value_range,
     from_planes,
@@ -194,12 +195,18 @@ class MultiCrop(keras.layers.Layer):
     def __call__(self, images, **kwargs):
         check_value_range(images)
         if not backend.is_foreign_graph_tensor(images):
+            images = backend.assert_in_graph(images, -0.5, 1.5, OUT_OF_RANGE)
             return super().__call__(images, **kwargs)
         if images.shape.rank is None:
             raise ValueError(f"`images` must have a known rank. Received: {images}.")
         image_dtype(images)
         shapes = self.compute_output_shape(tuple(images.shape))
-        return backend.call_in_tf_graph(self.call, images, shapes)
+
+        def call(images):
+            check_value_range(images)
+            return self.call(images)
+
+        return backend.call_in_tf_graph(call, images, shapes)
 
     def call(self, images):
         self._check_shape(images.shape)

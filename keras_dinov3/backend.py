@@ -4,6 +4,7 @@ import contextlib
 import sys
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -84,9 +85,11 @@ def declare_shapes(inputs, shapes):
         return inputs
     import tensorflow as tf
 
-    return tf.nest.pack_sequence_as(
-        inputs, list(map(tf.ensure_shape, tf.nest.flatten(inputs), shapes))
-    )
+    arrays = [
+        x if x.shape.is_fully_defined() else tf.ensure_shape(x, shape)
+        for x, shape in zip(tf.nest.flatten(inputs), shapes, strict=True)
+    ]
+    return tf.nest.pack_sequence_as(inputs, arrays)
 
 
 def full_tf_batches(dataset, first):
@@ -99,11 +102,50 @@ def full_tf_batches(dataset, first):
         return tf.equal(tf.shape(tf.nest.flatten(batch)[0])[0], shapes[0][0])
 
     def declare(*batch):
-        arrays = map(tf.ensure_shape, tf.nest.flatten(batch), shapes)
+        arrays = []
+        for array, shape in zip(tf.nest.flatten(batch), shapes, strict=True):
+            is_alike = tf.debugging.assert_equal(
+                tf.shape(array),
+                shape,
+                "All batches must hold arrays of one size, that of the first batch, so that the "
+                "step is compiled once. Resize or crop the images in the pipeline.",
+            )
+            with tf.control_dependencies([is_alike]):
+                arrays.append(tf.ensure_shape(array, shape))
         batch = tf.nest.pack_sequence_as(batch, list(arrays))
         return batch if len(batch) > 1 else batch[0]
 
     return dataset.filter(is_full).map(declare)
+
+
+def host_values(x):
+    """The NumPy values of an array or tensor in the host's memory; `None` if they are elsewhere.
+
+    Elsewhere is an accelerator, whose work a look would interrupt, or a traced function.
+    """
+    if isinstance(x, np.ndarray):
+        return x
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return x.detach().float().numpy() if x.device.type == "cpu" else None
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(x, jax.Array):
+        is_traced = isinstance(x, jax.core.Tracer)
+        is_here = not is_traced and all(device.platform == "cpu" for device in x.devices())
+    else:  # TensorFlow
+        is_here = hasattr(x, "numpy") and "CPU" in x.device
+    return np.asarray(x) if is_here else None
+
+
+def assert_in_graph(x, low, high, message):
+    """`x`, whose values a TensorFlow graph checks when it runs (XLA leaves that out)."""
+    tf = sys.modules.get("tensorflow")
+    if tf is None or not tf.is_symbolic_tensor(x) or not x.dtype.is_floating:
+        return x
+    least, greatest = tf.reduce_min(x), tf.reduce_max(x)
+    is_within = tf.logical_and(least >= low, greatest <= high)
+    with tf.control_dependencies([tf.debugging.Assert(is_within, [message, least, greatest])]):
+        return tf.identity(x)
 
 
 def is_foreign_graph_tensor(x):

@@ -2,12 +2,13 @@
 
 import copy
 import itertools
+import random
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_dinov3 import backend
+from keras_dinov3.checks import as_numpy
 
 
 def full_batches(data, batch_size=None, shuffle=False, seed=None):
@@ -15,19 +16,24 @@ def full_batches(data, batch_size=None, shuffle=False, seed=None):
 
     Args:
         data: Arrays `(n, H, W, C)`, a dict of arrays, or batches: `tf.data.Dataset`,
-            `PyDataset`, torch `DataLoader`, grain dataset or loader, generator.
+            `PyDataset`, torch `DataLoader`, grain dataset or loader, list, generator. Arrays and
+            batches may be `(images, labels)`.
         batch_size: Int, for arrays. Default 32; if there are fewer images, all of them.
         shuffle: Whether to shuffle arrays anew for each epoch.
-        seed: Int, for the shuffling.
+        seed: Int, for the shuffling. Default: from `random`, which
+            `keras.utils.set_random_seed` seeds.
 
     Returns:
         Data that `keras.Model.fit` takes, and its first batch.
 
     Raises:
+        TypeError: If the data are of no such kind.
         ValueError: If there is no image.
     """
-    if hasattr(data, "shape") or isinstance(data, dict):
-        data = ArrayBatches(data, batch_size or 32, shuffle, seed)
+    if isinstance(data, tuple) and data:  # (images, labels)
+        data = data[0]
+    if is_arrays(data):
+        data = ArrayBatches(data, 32 if batch_size is None else batch_size, shuffle, seed)
         return data, data[0]
     if batch_size is not None:
         raise ValueError(
@@ -36,26 +42,59 @@ def full_batches(data, batch_size=None, shuffle=False, seed=None):
         )
     if isinstance(data, keras.utils.PyDataset):
         return full_py_dataset(data)
+    if not hasattr(data, "__iter__"):
+        raise TypeError(
+            "The data must be arrays, or batches of them: `tf.data.Dataset`, `PyDataset`, torch "
+            f"`DataLoader`, grain dataset or loader, list, generator. Received: {data!r}."
+        )
+    if isinstance(data, (list, tuple)):
+        if not data:
+            raise empty(data)
+        return BatchList(data), data[0]
     data = from_directory(data)
     if hasattr(data, "to_iter_dataset"):  # grain.MapDataset, whose filter would leave gaps
         data = data.to_iter_dataset()
-    is_generator = hasattr(data, "__next__")
     batches = iter(data)
     first = next(batches, None)
     if first is None:
         raise empty(data)
     batch_size = size_of(first)
-    if is_generator:  # Keras wants tuples
-        full = (b for b in itertools.chain([first], batches) if size_of(b) == batch_size)
-        return (b if isinstance(b, tuple) else (b,) for b in full), first
+    if hasattr(data, "__next__"):  # a generator; Keras wants tuples
+        batches = itertools.chain([first], batches)
+        return ((inputs_of(checked(b, first)),) for b in batches if size_of(b) == batch_size), first
     if hasattr(data, "element_spec"):  # tf.data.Dataset
         if not all(spec.shape.is_fully_defined() for spec in keras.tree.flatten(data.element_spec)):
             data = backend.full_tf_batches(data, first)
     elif hasattr(data, "filter"):  # grain.IterDataset
         data = data.filter(lambda batch: size_of(batch) == batch_size)
-    elif getattr(data, "batch_sampler", None) is not None:  # torch DataLoader
+    elif hasattr(data, "batch_sampler"):  # torch DataLoader
         data = full_loader(data, first)
+    elif type(data).__module__.startswith("grain"):
+        data = full_grain_loader(data, batch_size)
     return data, first
+
+
+def is_arrays(data):
+    return hasattr(data, "shape") or isinstance(data, dict)
+
+
+def inputs_of(batch):
+    """The images or the dict of crops in a batch, which may hold labels too."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+
+
+def checked(batch, first):
+    """`batch`, if its images have the size of those in the first one."""
+    shapes, expected = (
+        [tuple(array.shape[1:]) for array in keras.tree.flatten(inputs_of(b))]
+        for b in (batch, first)
+    )
+    if shapes != expected:
+        raise ValueError(
+            f"All batches must hold arrays of one size, so that the step is compiled once. "
+            f"Received: {shapes} after {expected}. Resize or crop the images to one size."
+        )
+    return batch
 
 
 def from_directory(data):
@@ -80,14 +119,39 @@ def full_loader(loader, first):
     is_dict = isinstance(first, dict)
     if getattr(loader.batch_sampler, "drop_last", True) and not is_dict:
         return loader
-    batch_sampler = copy.copy(loader.batch_sampler)
-    batch_sampler.drop_last = True
     kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator")
     kept += ("multiprocessing_context", "prefetch_factor", "persistent_workers")
     settings = {name: getattr(loader, name) for name in kept}
     if is_dict:  # Keras takes the keys of a bare dict for a tuple of arrays
         settings["collate_fn"] = InTuple(loader.collate_fn)
-    return type(loader)(loader.dataset, batch_sampler=batch_sampler, **settings)
+    if loader.batch_sampler is None:  # batches are the dataset's own
+        settings["batch_size"] = None
+    elif any(base.__name__ == "IterableDataset" for base in type(loader.dataset).__mro__):
+        settings.update(batch_size=loader.batch_size, drop_last=True)  # takes no sampler
+    else:
+        settings["batch_sampler"] = copy.copy(loader.batch_sampler)
+        settings["batch_sampler"].drop_last = True
+    return type(loader)(loader.dataset, **settings)
+
+
+def full_grain_loader(loader, batch_size):
+    """A `grain.DataLoader` like `loader` without short batches; made anew, as Keras does."""
+    import grain
+
+    class IsFull(grain.transforms.Filter):
+        def filter(self, batch):
+            return size_of(batch) == batch_size
+
+    options = loader._multiprocessing_options
+    return grain.DataLoader(
+        data_source=loader._data_source,
+        sampler=loader._sampler,
+        operations=[*loader._operations, IsFull()],
+        worker_count=options.num_workers,
+        worker_buffer_size=options.per_worker_buffer_size,
+        shard_options=loader._shard_options,
+        read_options=loader._read_options,
+    )
 
 
 class InTuple:
@@ -109,7 +173,13 @@ def full_py_dataset(data):
 
 
 def size_of(batch):
-    return len(keras.tree.flatten(batch)[0])
+    first = keras.tree.flatten(batch)[0]
+    if not getattr(first, "shape", ()):
+        raise ValueError(
+            "The data must come in batches: arrays (B, H, W, C), or dicts of arrays. Received: "
+            f"a batch that starts with {type(first).__name__}."
+        )
+    return len(first)
 
 
 def empty(data):
@@ -119,7 +189,10 @@ def empty(data):
 
 
 class ArrayBatches(keras.utils.PyDataset):
-    """Full batches of an array, or of a dict of arrays; the images left over change by epoch."""
+    """Full batches of an array, or of a dict of arrays; the images left over change by epoch.
+
+    The order is a function of `seed` and `position`, which `fit` sets at the start of an epoch.
+    """
 
     def __init__(self, arrays, batch_size, shuffle, seed):
         super().__init__()
@@ -130,24 +203,53 @@ class ArrayBatches(keras.utils.PyDataset):
             )
         if sizes in (set(), {0}):
             raise empty(arrays)
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1. Received: {batch_size}.")
-        self.arrays = keras.tree.map_structure(ops.convert_to_numpy, arrays)
-        self.order = np.arange(sizes.pop())
-        self.batch_size = min(batch_size, len(self.order))
-        self.generator = np.random.default_rng(seed) if shuffle else None
-        self.on_epoch_end()
+        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+            raise ValueError(
+                f"`batch_size` must be an integer of at least 1. Received: {batch_size!r}."
+            )
+        self.arrays = keras.tree.map_structure(as_numpy, arrays)
+        self.count = sizes.pop()
+        self.batch_size = min(batch_size, self.count)
+        self.shuffle = shuffle
+        self.seed = random.randrange(2**31) if seed is None else seed
+        self.position = 0
+
+    @property
+    def position(self):
+        return self._position
+
+    @position.setter
+    def position(self, position):
+        self._position = position
+        self.order = np.arange(self.count)
+        if self.shuffle:
+            self.order = np.random.default_rng((self.seed, position)).permutation(self.order)
 
     def __len__(self):
-        return len(self.order) // self.batch_size
+        return self.count // self.batch_size
 
     def __getitem__(self, index):
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         return keras.tree.map_structure(lambda array: array[chosen], self.arrays)
 
-    def on_epoch_end(self):
-        if self.generator is not None:
-            self.order = self.generator.permutation(len(self.order))
+
+class BatchList(keras.utils.PyDataset):
+    """The full batches in a list of them."""
+
+    def __init__(self, batches):
+        super().__init__()
+        batch_size = size_of(batches[0])
+        self.batches = [
+            inputs_of(checked(batch, batches[0]))
+            for batch in batches
+            if size_of(batch) == batch_size
+        ]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return keras.tree.map_structure(as_numpy, self.batches[index])
 
 
 class WithoutLast(keras.utils.PyDataset):
@@ -162,6 +264,14 @@ class WithoutLast(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         return self.data[index]
+
+    @property
+    def position(self):
+        return getattr(self.data, "position", None)
+
+    @position.setter
+    def position(self, position):
+        self.data.position = position
 
     def on_epoch_begin(self):
         self.data.on_epoch_begin()

@@ -56,6 +56,9 @@ class KNN(keras.callbacks.Callback):
         k: Int. Number of neighbours.
         temperature: Positive float of the vote `exp(similarity / temperature)`.
         feature: `"cls"`, `"mean_patch"` or `"cls_mean_patch"`.
+        mean: Number or one per channel, as in `MultiCrop`. `None`: the mean of the model's
+            augmentation; needed if the model trains on ready crops with another one.
+        std: The same.
         image_size: `None` (the images' own size, rounded to whole patches), int or
             `(height, width)` in pixels.
         batch_size: Int. Images in one forward pass.
@@ -63,6 +66,10 @@ class KNN(keras.callbacks.Callback):
 
     Attributes:
         history: List of `(epoch, accuracy)`, epoch 0 being before training; accuracy in [0, 1].
+
+    Raises:
+        ValueError: If an argument is outside its range or the data cannot be read again; before
+            training, if they hold no labels or fewer images than `k`.
 
     Reference:
         [Wu et al., 2018](https://arxiv.org/abs/1805.01978), section 3.4.
@@ -76,6 +83,8 @@ class KNN(keras.callbacks.Callback):
         k=20,
         temperature=0.07,
         feature="cls",
+        mean=None,
+        std=None,
         image_size=None,
         batch_size=64,
         name="knn",
@@ -83,12 +92,28 @@ class KNN(keras.callbacks.Callback):
         super().__init__()
         if every < 1:
             raise ValueError(f"`every` must be at least 1 epoch. Received: every={every}.")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"`k` must be an integer of at least 1. Received: k={k!r}.")
+        check_range("temperature", temperature, above=0)
+        if feature not in ("cls", "mean_patch", "cls_mean_patch"):
+            raise ValueError(
+                '`feature` must be "cls", "mean_patch" or "cls_mean_patch". '
+                f"Received: feature={feature!r}."
+            )
+        for side, data in (("train", train), ("val", val)):
+            if hasattr(data, "__next__"):
+                raise ValueError(
+                    f"`{side}` is read at every measurement, and a generator only once. Received: "
+                    "a generator. Give `(images, labels)`, a list of batches or a data set."
+                )
         self.train = train
         self.val = val
         self.every = every
         self.k = k
         self.temperature = temperature
         self.feature = feature
+        self.mean = mean
+        self.std = std
         self.image_size = image_size
         self.batch_size = batch_size
         self.name = name
@@ -97,11 +122,15 @@ class KNN(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         augmentation = self.model.augmentation  # its mean and std are those of training
+        mean, std = (
+            getattr(augmentation, name, None) if value is None else value
+            for name, value in (("mean", self.mean), ("std", self.std))
+        )
         self._extractor = FeatureExtractor(
             self.model.teacher,
             feature=self.feature,
-            mean=getattr(augmentation, "mean", None),
-            std=getattr(augmentation, "std", None),
+            mean=mean,
+            std=std,
             image_size=self.image_size,
         )
         self._measure(0)
@@ -113,10 +142,19 @@ class KNN(keras.callbacks.Callback):
             logs[self.name] = self.history[-1][1]
 
     def _measure(self, epoch):
-        neighbours = self._extractor.extract(self.train, batch_size=self.batch_size)
-        queries = self._extractor.extract(self.val, batch_size=self.batch_size)
+        neighbours = self._features("train")
+        queries = self._features("val")
         accuracy = knn_accuracy(*neighbours, *queries, k=self.k, temperature=self.temperature)
         self.history.append((epoch, accuracy))
+
+    def _features(self, side):
+        features = self._extractor.extract(getattr(self, side), batch_size=self.batch_size)
+        if not isinstance(features, tuple):
+            raise ValueError(
+                f"k-NN needs a label for each image. Received: images alone in `{side}`. Give "
+                "`(images, labels)`, or batches of them."
+            )
+        return features
 
 
 class StopOnNonFinite(keras.callbacks.Callback):
@@ -133,6 +171,12 @@ class StopOnNonFinite(keras.callbacks.Callback):
     def __init__(self, every=20):
         super().__init__()
         self.every = every
+
+    @classmethod
+    def before(cls, callbacks):
+        """One that looks at every batch if one of `callbacks` writes weights between epochs."""
+        writes = any(getattr(c, "save_freq", "epoch") != "epoch" for c in callbacks)
+        return cls(every=1) if writes else cls()
 
     def on_train_batch_end(self, batch, logs=None):
         if (batch + 1) % self.every == 0:
@@ -154,3 +198,16 @@ class StopOnNonFinite(keras.callbacks.Callback):
             "rate or a longer warm-up, clip gradients (`clipnorm=3.0`), and look for NaN in the "
             "images. Masks that hide more than `max_masked_patches` make `ibot_loss` NaN."
         )
+
+
+class DataOrder(keras.callbacks.Callback):
+    """Tells data that shuffle themselves where the run is, so that a resumed one goes on."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
+        self.data.position = int(self.model.step)

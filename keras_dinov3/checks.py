@@ -2,62 +2,151 @@
 
 import numpy as np
 
+from keras_dinov3.augment import MultiCrop, as_pair
 from keras_dinov3.encoder import check_backbone, grid_of
-from keras_dinov3.schedules import check_range
+from keras_dinov3.masking import BlockMasking, RandomMasking
+from keras_dinov3.schedules import check_range, is_zero
 from keras_dinov3.targets import SoftmaxCentering
+
+COUNTS = ("num_prototypes", "num_patch_prototypes", "head_hidden_dim", "head_bottleneck_dim")
+COUNTS += ("head_num_layers", "koleo_top_k", "sinkhorn_iterations", "max_masked_patches")
+OPTIONAL = ("num_patch_prototypes", "max_masked_patches")
+WEIGHTS = ("dino_weight", "ibot_weight", "koleo_weight")
 
 
 def check_settings(model):
     """Says which settings of a `DINOv3` contradict each other or its backbone."""
-    student, teacher = model.student, model.teacher
-    check_backbone(teacher)
-    if model.teacher_ema is not None:
-        shapes = [[tuple(w.shape) for w in side.weights] for side in (student, teacher)]
-        if shapes[0] != shapes[1]:
+    student = model.student
+    for name in COUNTS:
+        value = getattr(model, name)
+        is_count = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not (is_count and value >= 1) and not (value is None and name in OPTIONAL):
             raise ValueError(
-                "A teacher that follows the student must have its architecture. Received: "
-                f"student of width {student.hidden_dim} and {student.num_layers} blocks, teacher "
-                f"of width {teacher.hidden_dim} and {teacher.num_layers} blocks. To distil from "
-                "a different, frozen teacher, pass `teacher_ema=None`."
+                f"`{name}` must be an integer of at least 1{', or None' * (name in OPTIONAL)}. "
+                f"Received: {name}={value!r}."
             )
+    for name in ("student_temperature", "teacher_temperature"):
+        check_range(name, getattr(model, name), above=0)
+    for name in WEIGHTS:
+        check_range(name, getattr(model, name), low=0)
+    if all(is_zero(getattr(model, name)) for name in WEIGHTS):
+        raise ValueError(f"At least one loss must have a weight. Received: 0 for all of {WEIGHTS}.")
+    check_range("drop_path_rate", model.drop_path_rate, low=0, below=1)
+    if model.centering != "sinkhorn_knopp" and not isinstance(model.centering, SoftmaxCentering):
+        raise ValueError(
+            '`centering` must be "sinkhorn_knopp" or a `SoftmaxCentering` layer. '
+            f"Received: centering={model.centering!r}."
+        )
+    if not isinstance(model.augmentation, (MultiCrop, type(None))):
+        raise ValueError(
+            '`augmentation` must be a `MultiCrop` layer, "multi_crop" for one with its defaults, '
+            f"or None for ready crops. Received: augmentation={model.augmentation!r}."
+        )
+    if not isinstance(model.masking, (BlockMasking, RandomMasking, type(None))):
+        raise ValueError(
+            '`masking` must be a `BlockMasking` or `RandomMasking` layer, "block" for the first '
+            f"with its defaults, or None. Received: masking={model.masking!r}."
+        )
     if model.masking is not None and not student.use_mask_token:
         raise ValueError(
             "`masking` needs a backbone with a mask token. Received a backbone with "
             "use_mask_token=False. Build it with `use_mask_token=True`, or train without "
             "masks: `masking=None, ibot_weight=0`."
         )
-    if model.augmentation is not None:
-        for name in ("global_crop_size", "local_crop_size"):
-            size = getattr(model.augmentation, name)
-            size = size if isinstance(size, (tuple, list)) else (size, size)
-            grid_of(size, student.patch_size, name)
-    if not 0 <= model.drop_path_rate < 1:
+    if student.variable_dtype in ("bfloat16", "float16"):
         raise ValueError(
-            "`drop_path_rate` must be at least 0 and less than 1. "
-            f"Received: drop_path_rate={model.drop_path_rate}."
+            "The backbone's weights must be float32: in 16 bits, the small steps of optimizer and "
+            f"teacher round to nothing. Received: {student.variable_dtype} weights. For 16-bit "
+            'arithmetic on float32 weights, build the backbone with dtype="mixed_bfloat16".'
         )
-    if model.max_masked_patches is not None and model.max_masked_patches < 1:
+    check_teacher(model)
+    check_teacher_ema(model.teacher_ema, student, model.teacher)
+    crops = crops_of(model.augmentation)
+    for kind, (count, size) in crops.items():
+        if count:
+            for backbone in (student, model.teacher) if kind == "global" else (student,):
+                grid_of(size, backbone.patch_size, f"{kind}_crop_size")
+    if crops:
+        check_pairs(crops["global"][0], crops["local"][0], model)
+
+
+def check_teacher(model):
+    student, teacher = model.student, model.teacher
+    check_backbone(teacher)
+    if teacher is student:
         raise ValueError(
-            "`max_masked_patches` must be at least 1, or None for a slot for every patch. "
-            f"Received: max_masked_patches={model.max_masked_patches}."
+            "`teacher` must be a backbone of its own, since only the student is trained. Received: "
+            "the same object twice. Leave `teacher=None` for a copy of the backbone."
         )
-    if model.centering != "sinkhorn_knopp" and not isinstance(model.centering, SoftmaxCentering):
+    if channels_of(student) != channels_of(teacher):
         raise ValueError(
-            '`centering` must be "sinkhorn_knopp" or a `SoftmaxCentering` layer. '
-            f"Received: centering={model.centering!r}."
+            "Student and teacher see the same crops, so they need the same channels. Received: "
+            f"{channels_of(student)} and {channels_of(teacher)}."
         )
-    for name in ("student_temperature", "teacher_temperature"):
-        check_range(name, getattr(model, name), above=0)
-    for name in ("dino_weight", "ibot_weight", "koleo_weight"):
-        check_range(name, getattr(model, name), low=0)
+    if student.patch_size != teacher.patch_size and not is_zero(model.ibot_weight):
+        raise ValueError(
+            "iBOT compares patch with patch, so student and teacher need the same patch size. "
+            f"Received: patch_size={student.patch_size} and {teacher.patch_size}. Class tokens "
+            "alone: `ibot_weight=0, masking=None`."
+        )
+
+
+def check_teacher_ema(teacher_ema, student, teacher):
+    """Says why a teacher cannot follow its student."""
+    if teacher_ema is None:
+        return
+    shapes = [[tuple(w.shape) for w in side.weights] for side in (student, teacher)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "A teacher that follows the student must have its architecture. Received: "
+            f"student of width {student.hidden_dim} and {student.num_layers} blocks, teacher "
+            f"of width {teacher.hidden_dim} and {teacher.num_layers} blocks. To distil from "
+            "a different, frozen teacher, pass `teacher_ema=None`."
+        )
+
+
+def check_pairs(num_global_crops, num_local_crops, model):
+    if num_global_crops == 1 and num_local_crops == 0 and not is_zero(model.dino_weight):
+        raise ValueError(
+            "The DINO loss compares different crops of an image, so there must be two. Received: "
+            f"one global crop, no local crop and dino_weight={model.dino_weight}. Use two global "
+            "crops, add local ones, or set `dino_weight=0`."
+        )
+
+
+def crops_of(augmentation):
+    """By kind, the number of crops per image and their size in pixels; nothing if unknown."""
+    if augmentation is None:
+        return {}
+    return {
+        kind: (
+            getattr(augmentation, f"num_{kind}_crops"),
+            as_pair(getattr(augmentation, f"{kind}_crop_size")),
+        )
+        for kind in ("global", "local")
+    }
 
 
 def check_batch(batch, model):
-    """Says why a batch of NumPy images or crops does not fit the model; returns its size."""
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    """Says why a batch of images or crops does not fit the model; returns its size."""
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+    crops = crops_of(model.augmentation)
     if isinstance(inputs, dict):
         arrays = check_crops({name: as_numpy(array) for name, array in inputs.items()}, model)
+        crops = {
+            kind: (array.shape[1], array.shape[2:4])
+            for kind, array in (
+                ("global", arrays["global_crops"]),
+                ("local", arrays.get("local_crops")),
+            )
+            if array is not None
+        }
     else:
+        if not hasattr(inputs, "shape"):
+            raise ValueError(
+                "A batch must be images (B, H, W, C), (images, labels) or a dict of ready crops. "
+                f"Received: {type(inputs).__name__}."
+            )
         if model.augmentation is None:
             raise ValueError(
                 "With `augmentation=None` the data must be dicts of ready crops, "
@@ -69,20 +158,33 @@ def check_batch(batch, model):
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"All arrays of a batch must hold the same images. Received: {sizes}.")
-    if "masks" not in arrays and model.masking is None and not is_zero(model.ibot_weight):
-        raise ValueError(
-            "The iBOT loss needs masked patches. Received: ibot_weight="
-            f"{model.ibot_weight}, masking=None and data without `masks`. "
-            "Set `ibot_weight=0`, give `DINOv3` a `masking` layer or bring masks."
-        )
     batch_size = next(iter(sizes.values()))
-    if batch_size < 2 and not is_zero(model.koleo_weight):
+    num_global_crops, size = crops["global"]
+    check_pairs(num_global_crops, crops.get("local", (0,))[0], model)
+    if "masks" not in arrays:
+        check_masking(model, batch_size, num_global_crops, size)
+    if not is_zero(model.koleo_weight) and batch_size <= model.koleo_top_k:
         raise ValueError(
-            "KoLeo compares the images of a batch, so a batch needs at least 2. Received: a "
-            f"batch of {batch_size} with koleo_weight={model.koleo_weight}. Use a larger batch "
-            "(32 and more train well) or `koleo_weight=0`."
+            "KoLeo compares the images of a batch, so a batch needs at least "
+            f"{model.koleo_top_k + 1}. Received: a batch of {batch_size} with koleo_weight="
+            f"{model.koleo_weight}, koleo_top_k={model.koleo_top_k}. Use a larger batch (32 and "
+            "more train well) or `koleo_weight=0`."
         )
     return batch_size
+
+
+def check_masking(model, batch_size, num_crops, size):
+    num_masked = 0
+    if model.masking is not None:
+        grid_size = grid_of(size, model.student.patch_size, "global_crops")
+        num_masked = model.masking.num_masked(batch_size, num_crops, grid_size)
+    if num_masked == 0 and not is_zero(model.ibot_weight):
+        hides = "masking=None" if model.masking is None else "masking that hides no patch"
+        raise ValueError(
+            "The iBOT loss needs masked patches. Received: ibot_weight="
+            f"{model.ibot_weight}, {hides} and data without `masks`. "
+            "Set `ibot_weight=0`, give `DINOv3` a `masking` layer or bring masks."
+        )
 
 
 def check_crops(crops, model):
@@ -125,8 +227,10 @@ def check_pixels(name, images, channels, rank, normalized=False):
     """Checks rank, channels, dtype and range of NumPy images."""
     axes = "(B, H, W, C)" if rank == 4 else "(B, crops, H, W, C)"
     if images.ndim != rank:
+        hint = " For one image, `images[None]`; for a list of them, `np.stack(images)`."
         raise ValueError(
             f"`{name}` must have shape {axes}, channels last. Received: shape {images.shape}."
+            + hint * (images.ndim == rank - 1 == 3)
         )
     if images.shape[-1] != channels:
         hint = ""
@@ -149,11 +253,6 @@ def check_pixels(name, images, channels, rank, normalized=False):
             f"Float `{name}` must be from 0 to 1, not yet normalised. Received: values from "
             f"{low:.4g} to {high:.4g}. For 0 to 255, divide by 255 or cast to uint8."
         )
-
-
-def is_zero(weight):
-    """Whether a weight is the number 0, and not a schedule that may be."""
-    return isinstance(weight, (int, float)) and weight == 0
 
 
 def channels_of(backbone):

@@ -106,10 +106,10 @@ class ImageBatches(keras.utils.PyDataset):
 
     `image_folder` makes one of a folder; make one yourself for files listed in another way.
 
-    The order is a function of `seed` and `epoch`, the count of `on_epoch_end` calls: `fit` makes
-    one at its start and one after each epoch. To resume with `fit(initial_epoch=n)` as if never
-    stopped, set `epoch = n` before. `fit` by default also shuffles the batches as a whole, with
-    Python's `random`; `fit(shuffle=False)` leaves them in the order given here.
+    The order is a function of `seed` and `position`, the steps made before the epoch.
+    `DINOv3.fit` sets it from the model's step, so that a resumed run goes on in the same order;
+    elsewhere `on_epoch_end` counts it. Other models' `fit` by default also shuffles the batches
+    as a whole, with Python's `random`; `fit(shuffle=False)` leaves them in the order given here.
 
     The images of a batch are decoded in parallel. With `workers` above 1 Keras reads ahead, but
     then (Keras 3.15 on PyTorch and JAX) repeats some batches and leaves out others.
@@ -178,21 +178,21 @@ class ImageBatches(keras.utils.PyDataset):
         self.images = images
         self.unreadable = {} if unreadable is None else unreadable
         self.num_threads = num_threads
-        self.epoch = 0
+        self.position = 0
 
     @property
-    def epoch(self):
-        return self._epoch
+    def position(self):
+        return self._position
 
-    @epoch.setter
-    def epoch(self, epoch):
-        self._epoch = epoch
+    @position.setter
+    def position(self, position):
+        self._position = position
         self._order = np.arange(len(self.files))
         if self.shuffle:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self._order)
+            self._order = np.random.default_rng((self.seed, position)).permutation(self._order)
 
     def on_epoch_end(self):
-        self.epoch += 1
+        self.position += len(self)
 
     @property
     def num_batches(self):

@@ -5,9 +5,10 @@ import numpy as np
 from keras import ops
 
 from keras_dinov3 import backend
-from keras_dinov3.batches import full_batches
-from keras_dinov3.callbacks import StopOnNonFinite, TeacherEMA
-from keras_dinov3.checks import check_batch, is_zero
+from keras_dinov3.batches import full_batches, inputs_of, is_arrays
+from keras_dinov3.callbacks import DataOrder, StopOnNonFinite, TeacherEMA
+from keras_dinov3.checks import check_batch, check_teacher_ema
+from keras_dinov3.schedules import is_zero
 
 
 class ImageModel(keras.Model):
@@ -17,7 +18,33 @@ class ImageModel(keras.Model):
     `make_logs` once and `watch` in each step.
     """
 
-    input_shapes = None  # of the arrays of a batch; known once data have been seen
+    train_shapes = test_shapes = None  # of the arrays of a batch; known once data have been seen
+
+    def compile(self, optimizer="adamw", loss=None, metrics=None, weighted_metrics=None, **kwargs):
+        """As `keras.Model.compile`, without losses and metrics: the method brings its own.
+
+        Args:
+            optimizer: Keras optimizer, or the name of one.
+            loss: `None`.
+            metrics: `None`.
+            weighted_metrics: `None`.
+            **kwargs: Other arguments of `keras.Model.compile`.
+
+        Raises:
+            ValueError: If a loss or metrics are given.
+        """
+        given = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
+        given = {name: value for name, value in given.items() if value}
+        if given:
+            raise ValueError(
+                f"`{type(self).__name__}` has its own losses and logs each term. Received: {given}."
+                " Leave these out; how good the features are, `callbacks.KNN` says."
+            )
+        super().compile(optimizer, **kwargs)
+
+    def compile_from_config(self, config):  # Keras leaves it to classes with their own `compile`
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
     def fit(
         self,
@@ -38,15 +65,17 @@ class ImageModel(keras.Model):
         Args:
             x: Images `(n, H, W, C)`, uint8 0-255 or float 0-1, or a dict of ready crops (see the
                 class), as arrays; or batches of either: `tf.data.Dataset`, `PyDataset`, torch
-                `DataLoader`, grain loader, generator. Batches may be `(images, labels)`.
+                `DataLoader`, grain dataset or loader, list, generator. Both may be
+                `(images, labels)`; the labels are ignored.
             y: Labels, ignored.
             batch_size: Int, images per step when `x` are arrays. Default 32.
             epochs: Int.
             verbose: `"auto"`, 0, 1 or 2.
             callbacks: List of callbacks. The model's `teacher_ema` is added, unless a
                 `TeacherEMA` is among them, which then becomes the model's.
-            validation_data: Like `x`; the loss terms are computed on it.
-            shuffle: Whether arrays are shuffled each epoch, seeded by `seed`.
+            validation_data: Like `x`, but no generator; the loss terms are computed on it.
+            shuffle: Whether arrays are shuffled for each epoch, in an order that follows from
+                `seed` (or Python's `random`) and the model's step.
             **kwargs: Other arguments of `keras.Model.fit`.
 
         Returns:
@@ -56,61 +85,89 @@ class ImageModel(keras.Model):
             ValueError: If the data are empty or do not fit the model.
             FloatingPointError: If the loss is no longer finite; it names the term.
         """
+        if kwargs.get("validation_split"):
+            raise ValueError(
+                "`validation_split` is not taken. Split the images yourself: "
+                "`fit(images[:-n], validation_data=images[-n:])`. Received: validation_split="
+                f"{kwargs['validation_split']}."
+            )
         x = self.prepare(x, batch_size, shuffle, self.seed)
         if validation_data is not None:
-            if isinstance(validation_data, tuple):
-                validation_data = validation_data[0]
-            validation_data = full_batches(validation_data, self.input_shapes[0][0])[0]
-        callbacks = list(getattr(callbacks, "callbacks", callbacks) or [])
+            if hasattr(validation_data, "__next__"):
+                raise ValueError(
+                    "`validation_data` is read after every epoch, and a generator only once. "
+                    "Received: a generator. Give arrays, a list of batches or a data set."
+                )
+            validation_data = inputs_of(validation_data)
+            size = self.train_shapes[0][0] if is_arrays(validation_data) else None
+            validation_data = self.prepare(validation_data, size, training=False)
+        callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
         for callback in callbacks:
             if isinstance(callback, TeacherEMA):
                 self.teacher_ema = callback
         if self.teacher_ema is not None and self.teacher_ema not in callbacks:
             callbacks.append(self.teacher_ema)
         self.bad_since.assign([0] * len(self.term_means))
+        in_order = getattr(x, "position", None) is not None
+        if in_order:
+            callbacks.append(DataOrder(x))
         return super().fit(
             x,
             epochs=epochs,
             verbose=verbose,
-            callbacks=[*callbacks, StopOnNonFinite()],
+            # First the one that stops: no other may write weights that are lost.
+            callbacks=[StopOnNonFinite.before(callbacks), *callbacks],
             validation_data=validation_data,
-            shuffle=shuffle,
+            shuffle=shuffle and not in_order,
             **kwargs,
         )
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """The loss terms on images; takes the data that `fit` takes."""
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has prepared its own
-            x = self.prepare(x, batch_size)
+            x = self.prepare(x, batch_size, training=False)
         return super().evaluate(x, **kwargs)
 
     def train_on_batch(self, x, y=None, **kwargs):
         """One step on one batch; takes the batches that `fit` takes."""
         self.declare(x)
-        return super().train_on_batch(x, **kwargs)
+        return super().train_on_batch(inputs_of(x), **kwargs)
+
+    def test_on_batch(self, x, y=None, **kwargs):
+        """The loss terms of one batch; takes the batches that `fit` takes."""
+        self.declare(x, training=False)
+        return super().test_on_batch(inputs_of(x), **kwargs)
 
     def test_step(self, *args):
         with backend.after(args):
             return super().test_step(*args)
 
-    def prepare(self, x, *args):
+    def prepare(self, x, *args, training=True):
         x, first = full_batches(x, *args)
-        self.declare(first)
+        self.declare(first, training)
         return x
 
-    def declare(self, batch):
+    def declare(self, batch, training=True):
         """Checks a batch; a step that was traced for other shapes is forgotten."""
         check_batch(batch, self)
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        shapes = [tuple(x.shape) for x in keras.tree.flatten(inputs)]
-        if shapes != self.input_shapes:
-            self.input_shapes = shapes
-            self.train_function = self.test_function = None
-        if self.optimizer is not None and not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)  # in a step, TensorFlow traces twice
+        mode = "train" if training else "test"
+        shapes = [tuple(x.shape) for x in keras.tree.flatten(inputs_of(batch))]
+        if shapes != getattr(self, f"{mode}_shapes"):
+            setattr(self, f"{mode}_shapes", shapes)
+            setattr(self, f"{mode}_function", None)
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is not None and not optimizer.built:
+            optimizer.build(self.trainable_variables)  # in a step, TensorFlow traces twice
 
     def __setattr__(self, name, value):
         if name == "teacher_ema" and value is not getattr(self, name, None):
+            if not isinstance(value, (TeacherEMA, type(None))):
+                raise ValueError(
+                    '`teacher_ema` must be a `callbacks.TeacherEMA`, "default", or None for a '
+                    f"frozen teacher. Received: teacher_ema={value!r}."
+                )
+            if hasattr(self, "teacher"):
+                check_teacher_ema(value, self.student, self.teacher)
             self.train_function = None  # traced with another rule
         super().__setattr__(name, value)
 

@@ -14,6 +14,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dinov3 import backend
+
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in Pillow and torchvision
 
 
@@ -28,14 +30,20 @@ def image_dtype(images):
     return dtype
 
 
+OUT_OF_RANGE = (
+    "Float `images` must be from 0 to 1. For 0 to 255, divide by 255 or cast to uint8. Received: "
+    "values from"
+)
+
+
 def check_value_range(images):
-    if isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.size:
-        low, high = images.min(), images.max()
+    """Raises if float images that are at hand, not only traced, are far outside of 0-1."""
+    is_float = "float" in keras.backend.standardize_dtype(images.dtype)
+    values = backend.host_values(images) if is_float else None
+    if values is not None and values.size:
+        low, high = float(values.min()), float(values.max())
         if low < -0.5 or high > 1.5:
-            raise ValueError(
-                f"Float `images` must be from 0 to 1. Received: values from {low:.4g} to "
-                f"{high:.4g}. For 0 to 255, divide by 255 or cast to uint8."
-            )
+            raise ValueError(f"{OUT_OF_RANGE} {low:.4g} to {high:.4g}.")
 
 
 def to_unit_range(images):

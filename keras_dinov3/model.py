@@ -8,13 +8,13 @@ from keras import ops
 from keras_dinov3 import backend
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
-from keras_dinov3.checks import check_settings, is_zero
+from keras_dinov3.checks import check_settings, crops_of
 from keras_dinov3.encoder import check_backbone, encode, grid_of
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.image_model import ImageModel, spread
 from keras_dinov3.losses import dino_loss, ibot_loss, koleo_loss
 from keras_dinov3.masking import BlockMasking, masked_slots
-from keras_dinov3.schedules import value_at
+from keras_dinov3.schedules import is_zero, value_at
 from keras_dinov3.targets import make_targets
 
 
@@ -145,14 +145,13 @@ class DINOv3(ImageModel):
             if isinstance(student, DINOHead) and teacher_ema is not None:
                 teacher.set_weights(student.get_weights())
         self.class_targets = make_targets(centering, num_prototypes, sinkhorn_iterations)
-        self.patch_targets = make_targets(
-            centering, num_patch_prototypes or num_prototypes, sinkhorn_iterations
-        )
+        self.patch_targets = make_targets(centering, self.head_sizes["ibot"], sinkhorn_iterations)
         self.seed_generator = keras.random.SeedGenerator(spread(seed, 2))
         self.step = self.add_weight((), "zeros", "int32", trainable=False, name="step")
+        crops = {kind: count for kind, (count, _) in crops_of(augmentation).items()}
         self.make_logs(
-            dino_global_loss=dino_weight,
-            dino_local_loss=dino_weight,
+            dino_global_loss=dino_weight if crops.get("global") != 1 else 0,
+            dino_local_loss=dino_weight if crops.get("local") != 0 else 0,
             ibot_loss=ibot_weight,
             koleo_loss=koleo_weight,
         )
@@ -162,7 +161,7 @@ class DINOv3(ImageModel):
         return backend.step_then(self, super().train_step, args, self.update_teacher)
 
     def call(self, inputs, training=False):
-        global_crops, local_crops, masks, slots = self.make_views(inputs)
+        global_crops, local_crops, masks, slots = self.make_views(inputs, training)
         batch_size, num_crops = global_crops.shape[:2]
 
         def see(backbone, crops, **kwargs):
@@ -256,9 +255,10 @@ class DINOv3(ImageModel):
 
     # What the step is made of
 
-    def make_views(self, inputs):
+    def make_views(self, inputs, training):
         """Crops, masks and slots of masked patches: `(B, G, ...)`, `(B, L, ...)`, `(B, G, N)`."""
-        crops = inputs = backend.declare_shapes(inputs, self.input_shapes)
+        shapes = self.train_shapes if training else self.test_shapes
+        crops = inputs = backend.declare_shapes(inputs, shapes)
         if not isinstance(inputs, dict):
             crops = self.augmentation(inputs)
         global_crops, local_crops = crops["global_crops"], crops.get("local_crops")
@@ -287,12 +287,8 @@ class DINOv3(ImageModel):
 
     def make_heads(self, name, width):
         """The DINO and the iBOT head of one side."""
-        sizes = {
-            "dino": self.num_prototypes,
-            "ibot": self.num_patch_prototypes or self.num_prototypes,
-        }
         heads = []
-        for kind, num_prototypes in sizes.items():
+        for kind, num_prototypes in self.head_sizes.items():
             head = DINOHead(
                 num_prototypes,
                 self.head_hidden_dim,
@@ -304,6 +300,15 @@ class DINOv3(ImageModel):
             head.build((None, width))
             heads.append(head)
         return heads
+
+    @property
+    def head_sizes(self):
+        """Prototypes of each head."""
+        patch = self.num_patch_prototypes
+        return {
+            "dino": self.num_prototypes,
+            "ibot": self.num_prototypes if patch is None else patch,
+        }
 
     @property
     def student_and_teacher(self):
@@ -326,6 +331,7 @@ class DINOv3(ImageModel):
         for name in ARGUMENTS:
             config[name] = keras.saving.serialize_keras_object(getattr(self, name))
         config["backbone"] = keras.saving.serialize_keras_object(self.student)
+        config["frozen"] = [i for i, w in enumerate(self.student.weights) if not w.trainable]
         return config
 
     @classmethod
@@ -334,7 +340,13 @@ class DINOv3(ImageModel):
             name: keras.saving.deserialize_keras_object(config[name])
             for name in ("backbone", *ARGUMENTS)
         }
-        return cls(**{**config, **objects})
+        settings = {key: value for key, value in config.items() if key != "frozen"}
+        model = cls(**{**settings, **objects})
+        for index in config[
+            "frozen"
+        ]:  # parts of the backbone; Keras keeps only whether all of it is
+            model.student.weights[index].trainable = False
+        return model
 
 
 ARGUMENTS = tuple(inspect.signature(DINOv3.__init__).parameters)[2:-1]  # after self, backbone

@@ -122,10 +122,13 @@ def value_at(value, step):
     return ops.cast(value(step) if callable(value) else value, "float32")
 
 
-def check_range(name, value, above=None, low=None, high=None):
-    """Raises if a number, or any value a `WarmupCosine` takes, is out of range.
+SAMPLE_STEPS = (0, 1, 10, 100, 1000, 10_000, 100_000, 1_000_000)
 
-    Tensors and other schedules pass, since their values are not known here.
+
+def check_range(name, value, above=None, low=None, high=None, below=None):
+    """Raises if a number, or a value that a schedule takes, is out of range.
+
+    A `WarmupCosine` is checked at all its steps, another schedule at a few; scalar tensors pass.
 
     Args:
         name: The name of the argument, for the message.
@@ -133,18 +136,28 @@ def check_range(name, value, above=None, low=None, high=None):
         above: Number that `value` must exceed. Defaults to `None`, no such bound.
         low: Smallest number allowed. Defaults to `None`.
         high: Largest number allowed. Defaults to `None`.
+        below: Number that `value` must stay under. Defaults to `None`.
 
     Raises:
-        ValueError: If `value` is out of range or NaN.
+        ValueError: If `value` is out of range, NaN, or neither a number nor a schedule.
     """
     if isinstance(value, WarmupCosine):
         # All its values lie between these; `start` is never taken without a warmup.
         values = [value.peak, value.end] + ([value.start] if value.warmup_steps else [])
         received = f"WarmupCosine({', '.join(f'{k}={v}' for k, v in value.get_config().items())})"
+    elif callable(value):
+        values = [float(ops.convert_to_numpy(value(step))) for step in SAMPLE_STEPS]
+        taken = ", ".join(f"{v:g}" for v in values)
+        received = f"{value}, which is {taken} at the steps {SAMPLE_STEPS}"
     elif isinstance(value, numbers.Real):
         values, received = [value], value
-    else:
+    elif hasattr(value, "shape"):
         return
+    else:
+        raise ValueError(
+            f"`{name}` must be a number or a schedule, such as `WarmupCosine`. "
+            f"Received: {name}={value!r}."
+        )
     rules = []
     if above is not None:
         rules.append((f"greater than {above}", all(v > above for v in values)))
@@ -152,9 +165,16 @@ def check_range(name, value, above=None, low=None, high=None):
         rules.append((f"at least {low}", all(v >= low for v in values)))
     if high is not None:
         rules.append((f"at most {high}", all(v <= high for v in values)))
+    if below is not None:
+        rules.append((f"less than {below}", all(v < below for v in values)))
     if not all(holds for _, holds in rules):
         rule = " and ".join(text for text, _ in rules)
         raise ValueError(f"`{name}` must be {rule}. Received: {name}={received}.")
+
+
+def is_zero(weight):
+    """Whether a weight is the number 0, and not a schedule that may be."""
+    return isinstance(weight, numbers.Real) and weight == 0
 
 
 def serialize(value):

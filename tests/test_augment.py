@@ -634,6 +634,17 @@ def test_tf_data_errors_come_when_the_pipeline_is_built():
         tf.data.Dataset.from_tensor_slices(IMAGES).map(MultiCrop(12, 9))
 
 
+def test_values_from_0_to_255_are_found_wherever_they_come():
+    layer = MultiCrop(12, 9, **PLAIN)
+    images = RNG.uniform(0, 255, (2, 20, 24, 3)).astype("float32")
+    for tensor in (ops.convert_to_tensor(images), tf.constant(images)):
+        with pytest.raises(ValueError, match=r"from 0 to 1.*divide by 255.*Received: values from"):
+            layer(tensor)
+    dataset = tf.data.Dataset.from_tensors(images).map(layer)
+    with pytest.raises(tf.errors.OpError, match="divide by 255"):
+        next(iter(dataset))
+
+
 def test_config_round_trip():
     settings = {
         "global_crop_size": (12, 14),

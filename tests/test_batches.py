@@ -44,11 +44,21 @@ def grain_dataset(kind):
     return data.to_iter_dataset() if kind == "iter" else data
 
 
-def grain_loader():
+def stream_loader():
+    import torch
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(IMAGES)
+
+    return torch.utils.data.DataLoader(Stream(), batch_size=tiny.B)
+
+
+def grain_loader(drop_remainder):
     import grain
 
     sampler = grain.samplers.IndexSampler(COUNT, num_epochs=1, shuffle=True, seed=0)
-    operations = [grain.transforms.Batch(tiny.B, drop_remainder=True)]
+    operations = [grain.transforms.Batch(tiny.B, drop_remainder=drop_remainder)]
     return grain.DataLoader(data_source=IMAGES, sampler=sampler, operations=operations)
 
 
@@ -70,8 +80,13 @@ KINDS = {
     "DataLoader with labels": lambda path: loader(IMAGES, LABELS),
     "grain map": lambda path: grain_dataset("map"),
     "grain iter": lambda path: grain_dataset("iter"),
-    "grain DataLoader": lambda path: grain_loader(),
+    "grain DataLoader": lambda path: grain_loader(drop_remainder=True),
+    "grain DataLoader with a rest": lambda path: grain_loader(drop_remainder=False),
+    "DataLoader of a stream": lambda path: stream_loader(),
+    "array with labels": lambda path: (IMAGES, LABELS),
+    "list": lambda path: [Batches()[0], list(Batches()[1]), Batches()[2]],
     "generator": lambda path: (IMAGES[i : i + tiny.B] for i in range(0, COUNT, tiny.B)),
+    "generator of lists": lambda path: (list(Batches()[i]) for i in range(3)),
     "kd.data.image_folder": lambda path: (
         folder(path) and kd.data.image_folder(path, IMAGES.shape[1:3], tiny.B, verbose=0)
     ),
@@ -92,7 +107,40 @@ def test_fit_takes(model, kind, tmp_path):
 
 
 def sizes(kind):
-    return {"batch_size": tiny.B} if kind == "array" else {}
+    return {"batch_size": tiny.B} if kind.startswith("array") else {}
+
+
+@pytest.mark.parametrize("kind", ["tf.data", "PyDataset", "DataLoader", "list"])
+def test_validation_data_takes(model, kind, tmp_path):
+    """Also with images of another size than those of training."""
+    data = tiny.images(2 * tiny.B + 1, height=33, seed=4)
+    history = model.fit(
+        data, batch_size=tiny.B, validation_data=KINDS[kind](tmp_path), verbose=0
+    ).history
+    assert {"val_loss", "val_ibot_loss"} <= set(history)
+
+
+def test_fit_takes_two_epochs_of_a_list_and_batches_with_labels(model):
+    before = int(model.step)
+    model.fit([IMAGES[:4], IMAGES[4:8]], epochs=2, verbose=0)
+    model.train_on_batch((IMAGES[:4], LABELS[:4]))
+    model.test_on_batch([IMAGES[:4], LABELS[:4]])
+    assert int(model.step) - before == 5
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "tf.data"])
+def test_images_of_several_sizes(model, kind):
+    batches = [IMAGES[:4], IMAGES[4:8, 2:]]
+    data = batches
+    if kind == "generator":
+        data = (batch for batch in batches)
+    elif kind == "tf.data":
+        import tensorflow as tf
+
+        spec = tf.TensorSpec((None, None, None, 3), "uint8")
+        data = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec)
+    with pytest.raises(Exception, match="All batches must hold arrays of one size"):
+        model.fit(data, verbose=0)
 
 
 def test_fit_takes_two_epochs_of_a_loader(model):
@@ -204,15 +252,44 @@ def test_validation_data(model):
 def test_arrays_are_shuffled_anew_and_the_rest_changes():
     data, first = full_batches(np.arange(11)[:, None], 4, shuffle=True, seed=1)
     epochs = []
-    for _ in range(6):
+    for epoch in range(6):
+        data.position = 2 * epoch  # steps made so far
         assert len(data) == 2
         epochs.append([int(i) for batch in range(2) for i in data[batch][:, 0]])
-        data.on_epoch_end()
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert set().union(*epochs) == set(range(11))
     again, _ = full_batches(np.arange(11)[:, None], 4, shuffle=True, seed=1)
     assert [int(i) for i in again[0][:, 0]] == epochs[0][:4]
+
+
+def test_arrays_take_their_seed_from_python():
+    orders = []
+    for seed in (3, 3, 4):
+        keras.utils.set_random_seed(seed)
+        data, _ = full_batches(np.arange(11)[:, None], 4, shuffle=True)
+        orders.append(data.order.tolist())
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_resumed_fit_goes_on_in_the_same_order(tmp_path):
+    crops = tiny.crops(COUNT, masked=0.3)
+    losses = []
+    for stop in (None, 1):
+        # A large epsilon: see test_model.py
+        model = tiny.model(
+            keras.optimizers.AdamW(1e-3, epsilon=1e-3), augmentation=None, masking=None
+        )
+        if stop:
+            model.fit(crops, batch_size=tiny.B, epochs=stop, verbose=0)
+            model.save(tmp_path / "model.keras")
+            model = keras.models.load_model(tmp_path / "model.keras")
+        history = model.fit(
+            crops, batch_size=tiny.B, initial_epoch=stop or 0, epochs=3, verbose=0
+        ).history
+        losses.append(history["loss"][-2:])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert abs(losses[0][0] - losses[0][1]) > 1e-3  # other images each time
 
 
 def test_fewer_images_than_a_batch():

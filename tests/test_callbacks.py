@@ -61,7 +61,7 @@ def test_a_micro_step_moves_nothing():
     np.testing.assert_array_equal(numpy(pair.student_and_teacher[0][1].weights[0]), 0.5)
 
 
-@pytest.mark.parametrize("momentum", [-0.1, 1.5, kd.WarmupCosine(0.9, 10, end=1.2)])
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, kd.WarmupCosine(0.9, 10, end=1.2), "0.9"])
 def test_momentum_outside_0_1(momentum):
     with pytest.raises(ValueError, match=r"momentum.*Received"):
         TeacherEMA(momentum)
@@ -123,9 +123,45 @@ def test_knn_sees_the_teacher_of_the_moment():
     assert np.max(np.abs(features[0] - features[1])) > 1e-4
 
 
-def test_knn_every_must_be_positive():
-    with pytest.raises(ValueError, match="at least 1 epoch. Received: every=0"):
-        KNN(labelled(4, 0), labelled(4, 0), every=0)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 0}, "at least 1 epoch. Received: every=0"),
+        ({"k": 0}, "`k`.*at least 1.*k=0"),
+        ({"temperature": 0.0}, "`temperature`.*greater than 0"),
+        ({"feature": "patches"}, "`feature`.*mean_patch.*'patches'"),
+        ({"train": iter([])}, "`train`.*generator only once"),
+    ],
+)
+def test_knn_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        KNN(**{"train": labelled(4, 0), "val": labelled(4, 0), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("knn", "message"),
+    [
+        (KNN(labelled(9, 0)[0], labelled(4, 0), k=3), "label for each image.*`train`"),
+        (KNN(labelled(9, 0), labelled(4, 0)), "`k`.*9 training features"),
+    ],
+)
+def test_knn_says_before_training_what_is_missing(knn, message):
+    model = tiny.model()
+    with pytest.raises(ValueError, match=message):
+        model.fit(tiny.images(), callbacks=knn, verbose=0)
+    assert int(model.step) == 0
+
+
+def test_knn_normalises_as_the_model_or_as_told():
+    train, val = labelled(9, 1), labelled(6, 2)
+    model = tiny.model(augmentation=tiny.multi_crop(mean=0.1, std=0.3))
+    extractors = []
+    for arguments in ({}, {"mean": 0.4, "std": 0.2}):
+        knn = KNN(train, val, k=3, **arguments)
+        knn.set_model(model)
+        knn.on_train_begin()
+        extractors.append((knn._extractor.mean, knn._extractor.std))
+    assert extractors == [(0.1, 0.3), (0.4, 0.2)]
 
 
 def test_non_finite_is_found_between_looks():

@@ -20,7 +20,21 @@ def crop_model():
     ("config", "message"),
     [
         ({"num_prototypes": 0}, r"num_prototypes.*at least 1.*Received"),
-        ({"num_patch_prototypes": -3}, r"num_prototypes.*Received"),
+        ({"num_patch_prototypes": -3}, r"`num_patch_prototypes`.*or None.*Received.*=-3"),
+        ({"num_patch_prototypes": 0}, r"`num_patch_prototypes`.*at least 1.*=0"),
+        ({"head_num_layers": 0}, "`head_num_layers`.*at least 1"),
+        ({"head_hidden_dim": 2.5}, "`head_hidden_dim`.*integer.*2.5"),
+        ({"koleo_top_k": 0}, "`koleo_top_k`.*at least 1"),
+        ({"sinkhorn_iterations": 0}, "`sinkhorn_iterations`.*at least 1"),
+        ({"student_temperature": None}, "`student_temperature`.*number or a schedule"),
+        ({"dino_weight": 0, "ibot_weight": 0.0, "koleo_weight": 0}, "At least one loss"),
+        ({"masking": "random"}, "`masking`.*RandomMasking.*'random'"),
+        ({"augmentation": "none"}, "`augmentation`.*MultiCrop.*'none'"),
+        ({"teacher_ema": 0.99}, "`teacher_ema`.*TeacherEMA.*0.99"),
+        (
+            {"augmentation": tiny.multi_crop(num_global_crops=1, num_local_crops=0)},
+            "one global crop, no local crop.*dino_weight=0",
+        ),
         ({"student_temperature": 0.0}, "student_temperature.*greater than 0"),
         ({"teacher_temperature": kd.WarmupCosine(0.0, 5)}, "teacher_temperature.*greater than 0"),
         ({"koleo_weight": -1.0}, "koleo_weight.*at least 0"),
@@ -57,6 +71,52 @@ def test_teacher_of_another_width():
     assert tiny.model(teacher=wide, teacher_ema=None).teacher is wide
 
 
+def test_a_teacher_ema_given_later_is_checked_too():
+    model = tiny.model(teacher=tiny.backbone(hidden_dim=64), teacher_ema=None)
+    with pytest.raises(ValueError, match="must have its architecture"):
+        model.fit(tiny.images(), callbacks=kd.callbacks.TeacherEMA(0.9), verbose=0)
+    with pytest.raises(ValueError, match="teacher_ema=0.9"):
+        model.teacher_ema = 0.9
+
+
+def test_teachers_that_cannot_be():
+    student = tiny.backbone()
+    with pytest.raises(ValueError, match="a backbone of its own"):
+        tiny.model(backbone=student, teacher=student)
+    with pytest.raises(ValueError, match="same channels. Received: 3 and 1"):
+        gray = tiny.backbone(image_shape=(*tiny.GLOBAL, 1))
+        tiny.model(teacher=gray, teacher_ema=None)
+    coarse = tiny.backbone(patch_size=4)
+    with pytest.raises(ValueError, match="patch_size=8 and 4.*ibot_weight=0"):
+        tiny.model(teacher=coarse, teacher_ema=None)
+    tiny.model(teacher=coarse, teacher_ema=None, ibot_weight=0, masking=None)
+    with pytest.raises(ValueError, match=r"`global_crop_size`.*patch_size=5"):
+        coarse = tiny.backbone(patch_size=5)
+        tiny.model(teacher=coarse, teacher_ema=None, ibot_weight=0, masking=None)
+
+
+def test_weights_of_16_bits():
+    with pytest.raises(ValueError, match="bfloat16 weights.*mixed_bfloat16"):
+        tiny.model(backbone=tiny.backbone(dtype="bfloat16"))
+
+
+def test_local_crops_that_are_not_made_may_have_any_size():
+    model = tiny.model(augmentation=tiny.multi_crop(num_local_crops=0, local_crop_size=13))
+    assert [mean.name for mean in model.term_means] == [
+        "dino_global_loss",
+        "ibot_loss",
+        "koleo_loss",
+    ]
+
+
+def test_compile_takes_no_losses():
+    model = tiny.model()
+    with pytest.raises(ValueError, match="has its own losses.*'loss': 'mse'.*KNN"):
+        model.compile("adam", loss="mse")
+    with pytest.raises(ValueError, match="accuracy"):
+        model.compile("adam", metrics=["accuracy"])
+
+
 def test_an_unsupported_backbone():
     with pytest.raises(TypeError, match="DINOV3Backbone"):
         tiny.model(backbone=keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
@@ -75,6 +135,9 @@ def test_an_unsupported_backbone():
         (tiny.images(0), "at least one image"),
         (tiny.images(1), r"at least 2.*batch of 1.*koleo_weight=0"),
         (tiny.crops(), r"Ready crops.*Received: keys"),
+        (list(tiny.images()), r"\(40, 36, 3\).*for a list of them, `np.stack\(images\)`"),
+        ([3, 4], "must come in batches.*starts with int"),
+        (17, "must be arrays, or batches of them.*17"),
         ([], "at least one image"),
         (iter([]), "at least one image"),
     ],
@@ -82,9 +145,51 @@ def test_an_unsupported_backbone():
 def test_images_before_any_compute(model, data, message):
     if isinstance(data, dict):
         data = {"crops": data["global_crops"]}
-    with pytest.raises(ValueError, match=f"(?s){message}"):
+    with pytest.raises((ValueError, TypeError), match=f"(?s){message}"):
         model.fit(data, verbose=0)
     assert int(model.step) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size`.*at least 1.*0"),
+        ({"batch_size": 2.5}, "`batch_size` must be an integer.*2.5"),
+        ({"validation_split": 0.2}, r"validation_data=images\[-n:\]"),
+        ({"validation_data": tiny.images(height=30, channels=1)}, "3 channels"),
+        ({"validation_data": tiny.images().astype("float32")}, "divide by 255"),
+        ({"validation_data": iter([tiny.images()])}, "a generator only once"),
+    ],
+)
+def test_fit_arguments_before_any_compute(model, arguments, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        model.fit(tiny.images(), verbose=0, **arguments)
+    assert int(model.step) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"koleo_top_k": 4}, "at least 5.*koleo_top_k=4"),
+        ({"masking": kd.BlockMasking(mask_probability=0.0)}, "masking that hides no patch"),
+        ({"masking": kd.RandomMasking(0.01)}, "At least one patch must be masked"),
+        (
+            {"augmentation": tiny.multi_crop(global_crop_size=(8, 32), global_blur_probability=0)},
+            "two rows and two columns.*RandomMasking",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_batch(config, message):
+    model = tiny.model(**config)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        model.fit(tiny.images(), verbose=0)
+
+
+def test_one_ready_crop_leaves_no_pair(crop_model):
+    crops = tiny.crops(masked=0.2)
+    one = {name: crops[name][:, :1] for name in ("global_crops", "masks")}
+    with pytest.raises(ValueError, match="one global crop, no local crop"):
+        crop_model.train_on_batch(one)
 
 
 def ready(**changes):

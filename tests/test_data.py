@@ -254,7 +254,7 @@ def epoch_of(data):
     return [values_of(batch) for batch in data]
 
 
-def test_order_follows_seed_and_epoch(tmp_path):
+def test_order_follows_seed_and_position(tmp_path):
     write_plain(tmp_path, 12)
     data, same, other = (folder_of(tmp_path, seed=seed) for seed in (7, 7, 8))
     first = epoch_of(data)
@@ -263,7 +263,7 @@ def test_order_follows_seed_and_epoch(tmp_path):
     data.on_epoch_end()
     second = epoch_of(data)
     assert sorted(sum(second, [])) == list(range(12)) and second != first
-    same.epoch = 1  # as when training resumes
+    same.position = len(same)  # as when training resumes
     assert epoch_of(same) == second
 
 
@@ -357,7 +357,7 @@ def test_resumed_fit_sees_the_order_of_an_uninterrupted_one(tmp_path):
 
     def last_epoch(start, end):
         data = Recorder(files, SIZE, 3, seed=5)
-        data.epoch = start
+        data.position = start * len(data)
         model.fit(data, initial_epoch=start, epochs=end, shuffle=False, verbose=0)
         return data.seen[-12:]
 

@@ -129,11 +129,25 @@ def test_pretrain_folder_resumes_as_if_never_killed(finished, images, tmp_path):
     assert 2 not in read_log(tmp_path / "run")
     output = run([*arguments, "--resume"])
     assert "Epoch 1/3" not in output and "Epoch 3/3" in output
+    assert "before training" not in output and "after resuming" in output
     resumed, expected = read_log(tmp_path / "run"), read_log(finished[0])
     assert resumed.keys() == expected.keys()
     for epoch, row in expected.items():
         for name, value in row.items():
             assert resumed[epoch][name] == pytest.approx(value, rel=1e-5, abs=1e-5), (epoch, name)
+
+
+def test_demo(tmp_path):
+    """The demo on few images; it raises if the preset that it writes gives other features."""
+    output = run(
+        [str(EXAMPLES / "demo_digits.py")] + f"--epochs 1 --digits 40 --output {tmp_path}".split()
+    )
+    for name in ("raw pixels", "untrained backbone", "trained teacher"):
+        assert 0 <= float(re.search(rf"{name} +([\d.]+)%", output)[1]) <= 100
+    for name in ("curves.png", "patch_pca.png", "crops.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 100
+    assert (tmp_path / "backbone" / "config.json").exists()
 
 
 def script():
@@ -153,6 +167,10 @@ def script():
         ({"width": 20}, "multiple of 4"),
         ({"batch_size": 64}, "at least one batch"),
         ({"test": "other"}, "class subfolders"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"heads": 0}, "--heads must be at least 1"),
+        ({"batch_size": 1}, "--batch-size must be at least 2"),
+        ({"learning_rate": "nan"}, "--learning-rate must be above 0"),
     ],
 )
 def test_pretrain_folder_explains_wrong_input(

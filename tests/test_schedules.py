@@ -190,6 +190,14 @@ def test_check_range_says_the_rule():
         (-0.1, {"low": 0, "high": 1}, "Received: x=-0.1."),
         (WarmupCosine(0.9, 10, end=1.1), {"high": 1}, "Received: x=WarmupCosine(peak=0.9, tot"),
         (WarmupCosine(0.9, 10, 5, start=-1.0), {"low": 0}, "start=-1.0"),
+        (1.0, {"low": 0, "below": 1}, "`x` must be at least 0 and less than 1. Received: x=1.0."),
+        ("0.9", {"low": 0}, "must be a number or a schedule, such as `WarmupCosine`. Received"),
+        (None, {"low": 0}, "Received: x=None"),
+        (
+            keras.optimizers.schedules.PiecewiseConstantDecay([500], [0.9, 1.5]),
+            {"high": 1},
+            "which is 0.9, 0.9, 0.9, 0.9, 1.5,",
+        ),
     ]
     for value, bounds, message in cases:
         with pytest.raises(ValueError) as error:
