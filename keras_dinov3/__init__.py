@@ -1,8 +1,9 @@
 """DINOv3 self-supervised training for Keras 3, on PyTorch, JAX and TensorFlow."""
 
-from keras_dinov3 import callbacks, data, evaluation, losses, visualize
+from keras_dinov3 import callbacks, data, evaluation, losses, recipes, visualize
 from keras_dinov3.augment import MultiCrop
-from keras_dinov3.encoder import Tokens, encode
+from keras_dinov3.encoder import Tokens, encode, encode_layers
+from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.model import DINOv3
@@ -13,6 +14,7 @@ __all__ = [
     "BlockMasking",
     "DINOHead",
     "DINOv3",
+    "EncoderExtras",
     "MultiCrop",
     "RandomMasking",
     "SoftmaxCentering",
@@ -21,8 +23,10 @@ __all__ = [
     "callbacks",
     "data",
     "encode",
+    "encode_layers",
     "evaluation",
     "losses",
+    "recipes",
     "sinkhorn_knopp",
     "visualize",
 ]

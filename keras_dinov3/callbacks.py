@@ -132,6 +132,7 @@ class KNN(keras.callbacks.Callback):
             mean=mean,
             std=std,
             image_size=self.image_size,
+            extras=self.model.teacher_extras,
         )
         self._measure(0)
 

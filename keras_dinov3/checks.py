@@ -3,14 +3,18 @@
 import numpy as np
 
 from keras_dinov3.augment import MultiCrop, as_pair
-from keras_dinov3.encoder import check_backbone, grid_of
+from keras_dinov3.encoder import grid_of
+from keras_dinov3.extras import EncoderExtras
+from keras_dinov3.families import channels_of, check_backbone, patch_size_of
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.schedules import check_range, is_zero
 from keras_dinov3.targets import SoftmaxCentering
 
 COUNTS = ("num_prototypes", "num_patch_prototypes", "head_hidden_dim", "head_bottleneck_dim")
-COUNTS += ("head_num_layers", "koleo_top_k", "sinkhorn_iterations", "max_masked_patches")
-OPTIONAL = ("num_patch_prototypes", "max_masked_patches")
+COUNTS += ("head_num_layers", "koleo_top_k", "koleo_crops", "sinkhorn_iterations")
+COUNTS += ("max_masked_patches",)
+OPTIONAL = ("num_patch_prototypes", "koleo_crops", "max_masked_patches")
+CHOICES = {"ibot_average": ("crops", "patches"), "koleo_distance": ("euclidean", "cosine")}
 WEIGHTS = ("dino_weight", "ibot_weight", "koleo_weight")
 
 
@@ -27,7 +31,16 @@ def check_settings(model):
             )
     for name in ("student_temperature", "teacher_temperature"):
         check_range(name, getattr(model, name), above=0)
-    for name in WEIGHTS:
+    for name, choices in CHOICES.items():
+        if getattr(model, name) not in choices:
+            raise ValueError(
+                f"`{name}` must be one of {choices}. Received: {name}={getattr(model, name)!r}."
+            )
+    if not isinstance(model.extras, (EncoderExtras, type(None))):
+        raise ValueError(
+            f"`extras` must be an `EncoderExtras` layer, or None. Received: {model.extras!r}."
+        )
+    for name in (*WEIGHTS, "local_weight"):
         check_range(name, getattr(model, name), low=0)
     if all(is_zero(getattr(model, name)) for name in WEIGHTS):
         raise ValueError(f"At least one loss must have a weight. Received: 0 for all of {WEIGHTS}.")
@@ -47,7 +60,7 @@ def check_settings(model):
             '`masking` must be a `BlockMasking` or `RandomMasking` layer, "block" for the first '
             f"with its defaults, or None. Received: masking={model.masking!r}."
         )
-    if model.masking is not None and not student.use_mask_token:
+    if model.masking is not None and not getattr(student, "use_mask_token", True):
         raise ValueError(
             "`masking` needs a backbone with a mask token. Received a backbone with "
             "use_mask_token=False. Build it with `use_mask_token=True`, or train without "
@@ -65,7 +78,7 @@ def check_settings(model):
     for kind, (count, size) in crops.items():
         if count:
             for backbone in (student, model.teacher) if kind == "global" else (student,):
-                grid_of(size, backbone.patch_size, f"{kind}_crop_size")
+                grid_of(size, patch_size_of(backbone), f"{kind}_crop_size")
     if crops:
         check_pairs(crops["global"][0], crops["local"][0], model)
 
@@ -83,10 +96,11 @@ def check_teacher(model):
             "Student and teacher see the same crops, so they need the same channels. Received: "
             f"{channels_of(student)} and {channels_of(teacher)}."
         )
-    if student.patch_size != teacher.patch_size and not is_zero(model.ibot_weight):
+    sizes = [patch_size_of(backbone) for backbone in (student, teacher)]
+    if sizes[0] != sizes[1] and not is_zero(model.ibot_weight):
         raise ValueError(
             "iBOT compares patch with patch, so student and teacher need the same patch size. "
-            f"Received: patch_size={student.patch_size} and {teacher.patch_size}. Class tokens "
+            f"Received: patch_size={sizes[0]} and {sizes[1]}. Class tokens "
             "alone: `ibot_weight=0, masking=None`."
         )
 
@@ -106,7 +120,8 @@ def check_teacher_ema(teacher_ema, student, teacher):
 
 
 def check_pairs(num_global_crops, num_local_crops, model):
-    if num_global_crops == 1 and num_local_crops == 0 and not is_zero(model.dino_weight):
+    is_alone = num_global_crops == 1 and num_local_crops == 0 and model.ignore_diagonal
+    if is_alone and not is_zero(model.dino_weight):
         raise ValueError(
             "The DINO loss compares different crops of an image, so there must be two. Received: "
             f"one global crop, no local crop and dino_weight={model.dino_weight}. Use two global "
@@ -176,7 +191,7 @@ def check_batch(batch, model):
 def check_masking(model, batch_size, num_crops, size):
     num_masked = 0
     if model.masking is not None:
-        grid_size = grid_of(size, model.student.patch_size, "global_crops")
+        grid_size = grid_of(size, patch_size_of(model.student), "global_crops")
         num_masked = model.masking.num_masked(batch_size, num_crops, grid_size)
     if num_masked == 0 and not is_zero(model.ibot_weight):
         hides = "masking=None" if model.masking is None else "masking that hides no patch"
@@ -195,7 +210,7 @@ def check_crops(crops, model):
             '"local_crops" (B, L, s, s, C) and "masks" (B, G, N). '
             f"Received: keys {sorted(crops)}."
         )
-    channels, patch_size = channels_of(model.student), model.student.patch_size
+    channels, patch_size = channels_of(model.student), patch_size_of(model.student)
     for name in crops.keys() - {"masks"}:
         check_pixels(name, crops[name], channels, 5, normalized=True)
         grid_of(crops[name].shape[2:4], patch_size, name)
@@ -208,7 +223,7 @@ def check_crops(crops, model):
                 f"`masks` must have shape (images, global crops, patches)={shape}. "
                 f"Received: masks.shape={masks.shape}."
             )
-        if not model.student.use_mask_token:
+        if not getattr(model.student, "use_mask_token", True):
             raise ValueError(
                 "`masks` need a backbone with a mask token. Received a backbone with "
                 "use_mask_token=False. Build it with `use_mask_token=True`."
@@ -253,10 +268,6 @@ def check_pixels(name, images, channels, rank, normalized=False):
             f"Float `{name}` must be from 0 to 1, not yet normalised. Received: values from "
             f"{low:.4g} to {high:.4g}. For 0 to 255, divide by 255 or cast to uint8."
         )
-
-
-def channels_of(backbone):
-    return backbone.embeddings.patch_embeddings.projection.kernel.shape[-2]
 
 
 def as_numpy(array):

@@ -1,11 +1,18 @@
 """A vision transformer forward pass over the weights of a Keras Hub backbone."""
 
-import math
+import numbers
+from collections import deque
 from typing import Any, NamedTuple
 
 import keras
-import keras_hub
 from keras import ops
+
+from keras_dinov3.extras import LAYER, EncoderExtras
+from keras_dinov3.families import channels_of, parts_of, patch_size_of
+from keras_dinov3.image_ops import resize
+from keras_dinov3.rope import apply_rope, signed_rope
+
+NO_EXTRAS = EncoderExtras()
 
 
 class Tokens(NamedTuple):
@@ -16,24 +23,37 @@ class Tokens(NamedTuple):
     patches: Any  # (B, N, D), row-major over the grid
 
 
-def encode(backbone, images, masks=None, training=False, drop_path_rate=0.0, seed=None):
+def encode(
+    backbone,
+    images,
+    masks=None,
+    training=False,
+    drop_path_rate=0.0,
+    seed=None,
+    extras=None,
+    is_local=False,
+):
     """Runs `backbone`'s weights on images of any size and returns its tokens by kind.
 
-    At inference this equals `backbone(images)`. Unlike the Hub's own graph, it takes any
-    resolution, hides masked patches and drops residual paths as DINOv3 does.
+    At inference and without `extras` this equals `backbone(images)`. Unlike the Hub's own graph,
+    it takes any resolution, hides masked patches and drops residual paths as DINOv3 does.
+    Learned position embeddings are resized (bicubic, antialiased) to other grids.
 
     Args:
-        backbone: `keras_hub.models.DINOV3Backbone`. Its weights are read, nothing is copied;
-            the computation runs in its compute dtype.
+        backbone: `DINOV3Backbone`, `DINOV2Backbone` or `ViTBackbone` of `keras_hub.models`. Its
+            weights are read, nothing is copied; the computation runs in its compute dtype. Its
+            own dropout and drop path are not used.
         images: Float tensor of shape `(B, H, W, C)`, already normalised. `H` and `W` are
             multiples of the patch size and need not be the backbone's `image_shape`.
         masks: Bool tensor of shape `(B, N)`, `N = H * W / patch_size**2`. Where true, the
             patch embedding is replaced by the mask token.
-        training: Whether residual paths are dropped.
+        training: Whether residual paths are dropped and rotary positions are varied.
         drop_path_rate: Float in [0, 1). In each residual branch of each block, a random
             `max(1, int(B * (1 - drop_path_rate)))` images are computed, and their branch is
             scaled up to keep the batch's expected sum; the others skip the branch.
-        seed: `keras.random.SeedGenerator`, needed when paths are dropped.
+        seed: `keras.random.SeedGenerator`, needed when something is drawn.
+        extras: `EncoderExtras` built for the backbone, or `None`.
+        is_local: Whether these are local crops, for the norm of their class tokens.
 
     Returns:
         `Tokens` with `cls` `(B, D)`, `registers` `(B, R, D)` and `patches` `(B, N, D)`.
@@ -47,74 +67,165 @@ def encode(backbone, images, masks=None, training=False, drop_path_rate=0.0, see
         [Siméoni et al., 2025](https://arxiv.org/abs/2508.10104), section 3.2;
         [Oquab et al., 2023](https://arxiv.org/abs/2304.07193), section 5 (stochastic depth).
     """
-    grid_size = check_images(backbone, images)
-    embeddings = backbone.embeddings
-    dtype = backbone.compute_dtype
-    patches = embed_patches(
-        images, embeddings.patch_embeddings.projection, backbone.patch_size, dtype
+    parts, extras = parts_of(backbone), extras or NO_EXTRAS
+    x, grid_size, num_prefix = embed(backbone, parts, images, masks, extras)
+    blocks = run_blocks(
+        x, backbone, parts, grid_size, num_prefix, training, drop_path_rate, seed, extras
     )
+    x = deque(blocks, maxlen=1).pop()  # of the last block
+    return split_tokens(x, parts, num_prefix, extras, is_local and training)
+
+
+def encode_layers(backbone, images, layers=1, as_grid=False, normalize=True, extras=None):
+    """Tokens of several blocks at inference, for dense tasks and probes.
+
+    Args:
+        backbone: As in `encode`.
+        images: As in `encode`.
+        layers: Int: the last so many blocks. Or a list of block numbers, counted from 0;
+            negative ones count from the end.
+        as_grid: Whether patches come as `(B, h, w, D)` instead of `(B, N, D)`.
+        normalize: Whether to apply the final norm, as `encode` does.
+        extras: As in `encode`.
+
+    Returns:
+        List of `Tokens`, in the order of the blocks asked for.
+
+    Raises:
+        ValueError: If there is no such block.
+    """
+    parts, extras = parts_of(backbone), extras or NO_EXTRAS
+    count = len(parts.blocks)
+    if isinstance(layers, numbers.Integral):
+        wanted = list(range(count - layers, count)) if 1 <= layers <= count else None
+    else:
+        wanted = [layer + count if layer < 0 else layer for layer in layers]
+        wanted = wanted if wanted and all(0 <= layer < count for layer in wanted) else None
+    if wanted is None:
+        raise ValueError(
+            f"`layers` must be a number of blocks from 1 to {count}, or a list of blocks from 0 to "
+            f"{count - 1}. Received: layers={layers}."
+        )
+    x, grid_size, num_prefix = embed(backbone, parts, images, None, extras)
+    blocks = run_blocks(x, backbone, parts, grid_size, num_prefix, False, 0.0, None, extras)
+    outputs = {index: x for index, x in enumerate(blocks) if index in wanted}
+    found = []
+    for layer in wanted:
+        x = outputs[layer]
+        if normalize:
+            tokens = split_tokens(x, parts, num_prefix, extras, False)
+        else:
+            tokens = Tokens(x[:, 0], x[:, 1:num_prefix], x[:, num_prefix:])
+        if as_grid:
+            batch_size, _, width = ops.shape(x)
+            patches = ops.reshape(tokens.patches, (batch_size, *grid_size, width))
+            tokens = tokens._replace(patches=patches)
+        found.append(tokens)
+    return found
+
+
+def embed(backbone, parts, images, masks, extras):
+    """Tokens before the first block, `(B, 1 + R + N, D)`; the grid; the tokens before patches."""
+    grid_size = check_images(backbone, images)
+    dtype = backbone.compute_dtype
+    patches = embed_patches(images, parts.projection, parts.patch_size, dtype)
     batch_size, num_patches, width = ops.shape(patches)
     if masks is not None:
-        check_masks(backbone, masks, (batch_size, num_patches))
-        mask_token = ops.cast(embeddings.mask_token, dtype)  # (1, 1, D)
+        mask_token = extras.mask_token if parts.mask_token is None else parts.mask_token
+        check_masks(backbone, mask_token, masks, (batch_size, num_patches))
+        mask_token = ops.reshape(ops.cast(mask_token, dtype), (1, 1, width))
         patches = ops.where(ops.expand_dims(masks, -1), mask_token, patches)
-
-    prefix = [embeddings.cls_token]
-    if backbone.num_register_tokens:
-        prefix.append(embeddings.register_tokens)
+    prefix = [parts.cls_token]
+    if parts.positions is not None:
+        positions = ops.cast(resize_positions(parts, grid_size), dtype)
+        prefix[0] = ops.cast(parts.cls_token, dtype) + positions[:, :1]
+        patches = patches + positions[:, 1:]
+    registers = extras.register_tokens if parts.register_tokens is None else parts.register_tokens
+    if registers is not None:
+        prefix.append(registers)
     prefix = ops.concatenate([ops.cast(token, dtype) for token in prefix], axis=1)
-    num_prefix = 1 + backbone.num_register_tokens
-    x = ops.concatenate(
-        [ops.broadcast_to(prefix, (batch_size, num_prefix, width)), patches], axis=1
-    )
+    num_prefix = prefix.shape[1]
+    prefix = ops.broadcast_to(prefix, (batch_size, num_prefix, width))
+    return ops.concatenate([prefix, patches], axis=1), grid_size, num_prefix
 
-    sin, cos = rope_tables(
-        grid_size, backbone.hidden_dim // backbone.num_heads, backbone.rope_theta
-    )
-    rope = signed_rope(sin, cos, num_prefix, dtype)
+
+def run_blocks(x, backbone, parts, grid_size, num_prefix, training, drop_path_rate, seed, extras):
+    """Yields the tokens after each block."""
+    dtype, batch_size = backbone.compute_dtype, x.shape[0]
+    head_dim = backbone.hidden_dim // backbone.num_heads
+    varied = training and extras.varies_rope
+    rope = None
+    if parts.rope_theta is not None and not varied:
+        tables = extras.rope(grid_size, head_dim, parts.rope_theta)
+        rope = signed_rope(*tables, num_prefix, dtype)
     keep = batch_size
     if training and drop_path_rate:
         keep = max(1, int(batch_size * (1 - drop_path_rate)))
-    for layer in backbone.encoder.layers:
+    for layer in parts.blocks:
+        if varied and parts.rope_theta is not None:
+            tables = extras.rope(grid_size, head_dim, parts.rope_theta, seed)
+            rope = signed_rope(*tables, num_prefix, dtype)
         subsets = (None, None)
         if keep < batch_size:
             subsets = (random_subset(batch_size, keep, seed), random_subset(batch_size, keep, seed))
-        x = block(x, rope, block_weights(layer, dtype), backbone, subsets)
-    x = normalize(x, backbone.layernorm)
-    return Tokens(x[:, 0], x[:, 1:num_prefix], x[:, num_prefix:])
+        weights = parts.block_weights(layer, dtype)
+        if not extras.layer_scale:
+            weights.update(layer_scale1=None, layer_scale2=None)
+        x = block(x, rope, weights, backbone.num_heads, parts.activation, subsets, extras.norm)
+        yield x
 
 
-def block(x, rope, weights, config, subsets=(None, None)):
+def split_tokens(x, parts, num_prefix, extras, is_local):
+    """The final norm, or several where norms are untied, and the tokens by kind."""
+    cls_norm = extras.cls_norm
+    if is_local and extras.local_cls_norm is not None:
+        cls_norm = extras.local_cls_norm
+    if cls_norm is None:
+        x = normalize(x, parts.norm, extras.norm)
+        return Tokens(x[:, 0], x[:, 1:num_prefix], x[:, num_prefix:])
+    prefix = normalize(x[:, :num_prefix], cls_norm, extras.norm)
+    patches = normalize(x[:, num_prefix:], parts.norm, extras.norm)
+    return Tokens(prefix[:, 0], prefix[:, 1:], patches)
+
+
+def block(x, rope, weights, num_heads, activation="gelu", subsets=(None, None), norm=LAYER):
     """One transformer block as a pure function of its weights.
 
     Args:
         x: Tokens, shape `(B, 1 + R + N, D)`.
         rope: `(sin, cos)` from `signed_rope`, each `(1 + R + N, head_dim)`, or `None`.
-        weights: Dict of tensors and norms as `block_weights` returns it.
-        config: Object with `num_heads`, `layer_norm_eps` and `hidden_activation`.
+        weights: Dict by role. `"query"`, `"key"`, `"value"`, `"output"`, `"up"`, `"down"` and, in
+            a gated MLP, `"gate"`: pairs of kernel and bias, or `None` for no bias. `"norm1"`,
+            `"norm2"`: Keras layers. `"layer_scale1"`, `"layer_scale2"`: tensors or `None`.
+        num_heads: Int.
+        activation: Of the MLP, anything that `keras.activations.get` takes.
         subsets: Two int tensors of shape `(keep,)`: the images that the attention and the
             MLP branch compute. `None` computes all.
+        norm: `"layer"` or `"rms"`.
 
     Returns:
         Tensor shaped like `x`.
     """
 
     def attend(x):
-        return attention(normalize(x, weights["norm1"]), rope, weights, config.num_heads)
+        return attention(normalize(x, weights["norm1"], norm), rope, weights, num_heads)
 
     def feed(x):
-        return mlp(normalize(x, weights["norm2"]), weights, config.hidden_activation)
+        return mlp(normalize(x, weights["norm2"], norm), weights, activation)
 
     x = add_residual(x, attend, weights["layer_scale1"], subsets[0])
     return add_residual(x, feed, weights["layer_scale2"], subsets[1])
 
 
 def add_residual(x, branch, scale, subset):
+    def residual(x):
+        return branch(x) if scale is None else scale * branch(x)
+
     if subset is None:
-        return x + scale * branch(x)
+        return x + residual(x)
     batch_size, keep = x.shape[0], subset.shape[0]
-    residual = scale * branch(ops.take(x, subset, axis=0)) * (batch_size / keep)
-    return x + ops.scatter(ops.expand_dims(subset, -1), residual, x.shape)
+    added = residual(ops.take(x, subset, axis=0)) * (batch_size / keep)
+    return x + ops.scatter(ops.expand_dims(subset, -1), added, x.shape)
 
 
 def random_subset(batch_size, keep, seed):
@@ -149,36 +260,24 @@ def dense(x, kernel_and_bias):
     return x if bias is None else x + bias
 
 
-def normalize(x, norm):
-    """Layer norm with the weights of a Keras layer; float32 inside, `x`'s dtype outside."""
-    return ops.layer_normalization(x, norm.gamma, norm.beta, epsilon=norm.epsilon)
+def normalize(x, layer, norm=LAYER):
+    """Layer norm or RMSNorm with the weights of a Keras layer; float32 inside, `x`'s dtype out."""
+    if norm == LAYER:
+        return ops.layer_normalization(x, layer.gamma, layer.beta, epsilon=layer.epsilon)
+    y = ops.cast(x, "float32")
+    y = y * ops.rsqrt(ops.mean(ops.square(y), axis=-1, keepdims=True) + layer.epsilon)
+    return ops.cast(y * ops.cast(layer.gamma, "float32"), x.dtype)
 
 
-def block_weights(layer, dtype):
-    """The weights of a Hub `DINOV3Layer` by role, matrices and scales cast to `dtype`."""
-
-    def dense_weights(dense_layer):
-        bias = dense_layer.bias if dense_layer.use_bias else None
-        return (
-            ops.cast(dense_layer.kernel, dtype),
-            None if bias is None else ops.cast(bias, dtype),
-        )
-
-    weights = {
-        "norm1": layer.norm1,
-        "query": dense_weights(layer.attention.query_dense),
-        "key": dense_weights(layer.attention.key_dense),
-        "value": dense_weights(layer.attention.value_dense),
-        "output": dense_weights(layer.attention.output_dense),
-        "layer_scale1": ops.cast(layer.layer_scale1.lambda1, dtype),
-        "norm2": layer.norm2,
-        "up": dense_weights(layer.mlp.up_proj),
-        "down": dense_weights(layer.mlp.down_proj),
-        "layer_scale2": ops.cast(layer.layer_scale2.lambda1, dtype),
-    }
-    if layer.use_gated_mlp:
-        weights["gate"] = dense_weights(layer.mlp.gate_proj)
-    return weights
+def resize_positions(parts, grid_size):
+    """Learned position embeddings `(1, 1 + N, D)` for another grid; bicubic, antialiased."""
+    positions = ops.convert_to_tensor(parts.positions)
+    if grid_size == parts.grid_size:
+        return positions
+    width = positions.shape[-1]
+    patches = ops.cast(ops.reshape(positions[:, 1:], (1, *parts.grid_size, width)), "float32")
+    patches = ops.reshape(resize(patches, grid_size), (1, -1, width))
+    return ops.concatenate([positions[:, :1], ops.cast(patches, positions.dtype)], axis=1)
 
 
 def embed_patches(images, projection, patch_size, dtype):
@@ -191,132 +290,32 @@ def embed_patches(images, projection, patch_size, dtype):
     x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
     x = ops.reshape(x, (batch_size, rows * columns, patch_size * patch_size * channels))
     kernel = ops.reshape(ops.cast(projection.kernel, dtype), (x.shape[-1], -1))
-    return dense(x, (kernel, ops.cast(projection.bias, dtype)))
-
-
-def rope_periods(head_dim, theta=None, min_period=None, max_period=None):
-    """The `head_dim / 4` periods: powers of `theta`, or geometric from minimum to maximum."""
-    exponents = ops.arange(head_dim // 4, dtype="float32")
-    if theta is not None:
-        return ops.power(float(theta), exponents * (4 / head_dim))
-    return min_period * ops.power(max_period / min_period, exponents / (head_dim // 4 - 1))
-
-
-def rope_tables(
-    grid_size,
-    head_dim,
-    theta=100.0,
-    periods=None,
-    normalize="separate",
-    shift=None,
-    log_jitter=None,
-    log_rescale=None,
-):
-    """Sine and cosine tables of the axial rotary position embedding.
-
-    Patch centres run from -1 to 1 along each axis and are turned into angles
-    `2 * pi * centre / period`.
-
-    Args:
-        grid_size: `(h, w)`, the patch grid.
-        head_dim: Int, a multiple of 4.
-        theta: Float, the base of the periods `theta ** (4 * i / head_dim)`.
-        periods: Tensor of shape `(head_dim / 4,)`; replaces those of `theta`.
-        normalize: What divides the centres of both axes: each axis's own length
-            (`"separate"`), or the longer (`"max"`) or shorter (`"min"`) of the two.
-        shift: Two floats added to the (h, w) centres.
-        log_jitter: Two floats whose exponentials multiply the (h, w) centres.
-        log_rescale: Float whose exponential multiplies both.
-
-    Returns:
-        `(sin, cos)`, float32, each `(h * w, head_dim)`: h angles, w angles, then both again.
-
-    Reference:
-        [Siméoni et al., 2025](https://arxiv.org/abs/2508.10104), section 3.2.
-    """
-    extents = {"separate": grid_size, "max": (max(grid_size),) * 2, "min": (min(grid_size),) * 2}
-    centres = []
-    for axis, (length, extent) in enumerate(zip(grid_size, extents[normalize], strict=True)):
-        centre = (ops.arange(length, dtype="float32") + 0.5) / extent * 2.0 - 1.0
-        if shift is not None:
-            centre = centre + shift[axis]
-        if log_jitter is not None:
-            centre = centre * ops.exp(ops.cast(log_jitter[axis], "float32"))
-        if log_rescale is not None:
-            centre = centre * ops.exp(ops.cast(log_rescale, "float32"))
-        centres.append(centre)
-    if periods is None:
-        periods = rope_periods(head_dim, theta)
-    rows, columns = (
-        2 * math.pi * ops.expand_dims(centre, -1) / periods for centre in centres
-    )  # (h, head_dim / 4), (w, head_dim / 4)
-    shape = (*grid_size, head_dim // 4)
-    angles = ops.concatenate(
-        [
-            ops.broadcast_to(ops.expand_dims(rows, 1), shape),
-            ops.broadcast_to(ops.expand_dims(columns, 0), shape),
-        ],
-        axis=-1,
-    )
-    angles = ops.tile(ops.reshape(angles, (-1, head_dim // 2)), (1, 2))
-    return ops.sin(angles), ops.cos(angles)
-
-
-def signed_rope(sin, cos, num_prefix, dtype):
-    """Tables for `apply_rope`: the sign of the rotated half in the sine, prefix tokens at rest.
-
-    Class and register tokens have no position: their angle is 0, so one product serves the
-    whole sequence and nothing is sliced.
-    """
-    half = sin.shape[-1] // 2
-    sin = ops.concatenate([-sin[:, :half], sin[:, half:]], axis=-1)
-    sin = ops.pad(sin, ((num_prefix, 0), (0, 0)))
-    cos = ops.pad(cos, ((num_prefix, 0), (0, 0)), constant_values=1.0)
-    return ops.cast(sin, dtype), ops.cast(cos, dtype)
-
-
-def apply_rope(x, sin, cos):
-    """Rotates `(B, length, heads, head_dim)` by tables of shape `(length, head_dim)`."""
-    rolled = ops.roll(x, x.shape[-1] // 2, axis=-1)
-    return x * ops.expand_dims(cos, 1) + rolled * ops.expand_dims(sin, 1)
+    bias = ops.cast(projection.bias, dtype) if projection.use_bias else None
+    return dense(x, (kernel, bias))
 
 
 def check_images(backbone, images):
     """Returns the patch grid `(h, w)` or says why the images do not fit the backbone."""
-    check_backbone(backbone)
     if len(images.shape) != 4:
         raise ValueError(
             "`images` must have shape (batch, height, width, channels). "
             f"Received: images.shape={tuple(images.shape)}."
         )
-    channels = backbone.embeddings.patch_embeddings.projection.kernel.shape[-2]
-    if images.shape[-1] != channels:
+    if images.shape[-1] != channels_of(backbone):
         raise ValueError(
-            f"`images` must have the {channels} channels the backbone was built for. "
+            f"`images` must have the {channels_of(backbone)} channels the backbone was built for. "
             f"Received: images.shape={tuple(images.shape)} (channels last)."
         )
-    return grid_of(images.shape[1:3], backbone.patch_size, "images")
+    return grid_of(images.shape[1:3], patch_size_of(backbone), "images")
 
 
-def check_backbone(backbone):
-    if not isinstance(backbone, keras_hub.models.DINOV3Backbone):
-        raise TypeError(
-            "`backbone` must be a `keras_hub.models.DINOV3Backbone`. "
-            f"Received: {backbone!r} of type {type(backbone).__name__}."
-        )
-    if backbone.hidden_dim % (4 * backbone.num_heads):
+def check_masks(backbone, mask_token, masks, shape):
+    if mask_token is None:
+        hint = "pass the `EncoderExtras` of its `DINOv3`"
+        if hasattr(backbone, "use_mask_token"):
+            hint = "build it with `use_mask_token=True`"
         raise ValueError(
-            "`hidden_dim` must be a multiple of 4 * `num_heads`: rotary embeddings turn pairs of "
-            f"features along two axes. Received: hidden_dim={backbone.hidden_dim}, "
-            f"num_heads={backbone.num_heads}."
-        )
-
-
-def check_masks(backbone, masks, shape):
-    if not backbone.use_mask_token:
-        raise ValueError(
-            "`masks` need a backbone with a mask token. Received a backbone with "
-            "use_mask_token=False; build it with `use_mask_token=True`."
+            f"`masks` need a mask token. Received: a {type(backbone).__name__} without one; {hint}."
         )
     if tuple(masks.shape) != tuple(shape):
         raise ValueError(

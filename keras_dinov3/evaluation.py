@@ -6,9 +6,10 @@ from keras import ops
 
 from keras_dinov3.augment import MultiCrop, as_pair
 from keras_dinov3.batches import from_directory
-from keras_dinov3.checks import as_numpy, channels_of, check_pixels
-from keras_dinov3.encoder import check_backbone, encode, grid_of
-from keras_dinov3.image_ops import cubic_kernel, resampling_weights
+from keras_dinov3.checks import as_numpy, check_pixels
+from keras_dinov3.encoder import encode, grid_of
+from keras_dinov3.families import channels_of, check_backbone, patch_size_of
+from keras_dinov3.image_ops import resize
 
 FEATURES = ("cls", "mean_patch", "cls_mean_patch", "patches")
 
@@ -21,7 +22,7 @@ def extract_features(backbone, data, batch_size=64, verbose=0, **kwargs):
         data: As in `FeatureExtractor.extract`, as are the returned value and what is raised.
         batch_size: Int, images per step where `data` are arrays.
         verbose: 0, or 1 for a progress bar.
-        **kwargs: `feature`, `mean`, `std` and `image_size` of `FeatureExtractor`.
+        **kwargs: `feature`, `mean`, `std`, `image_size` and `extras` of `FeatureExtractor`.
 
     Returns:
         float32 NumPy array of features, or `(features, labels)` if the data carry labels.
@@ -46,6 +47,7 @@ class FeatureExtractor(keras.Model):
         image_size: Int or `(height, width)` in pixels, multiples of the backbone's patch size.
             Images of other sizes are resized (bicubic, antialiased). `None`: to the
             multiples nearest to their own size.
+        extras: `EncoderExtras` of the backbone, such as `model.teacher_extras`, or `None`.
         **kwargs: Keyword arguments of `keras.Model`.
 
     Call arguments:
@@ -60,25 +62,36 @@ class FeatureExtractor(keras.Model):
             the images do not fit the backbone.
     """
 
-    def __init__(self, backbone, feature="cls", mean=None, std=None, image_size=None, **kwargs):
+    def __init__(
+        self,
+        backbone,
+        feature="cls",
+        mean=None,
+        std=None,
+        image_size=None,
+        extras=None,
+        **kwargs,
+    ):
         super().__init__(**{"autocast": False, **kwargs})
         check_backbone(backbone)
         if feature not in FEATURES:
             raise ValueError(f"`feature` must be one of {FEATURES}. Received: feature={feature!r}.")
         if image_size is not None:
-            grid_of(as_pair(image_size), backbone.patch_size, "image_size")
+            grid_of(as_pair(image_size), patch_size_of(backbone), "image_size")
         self.backbone = backbone
         self.feature = feature
         self.mean = mean
         self.std = std
         self.image_size = image_size
+        self.extras = extras
         self.built = True  # no weights to make
         self._normalize = MultiCrop(mean=mean, std=std).normalize
         self._functions = {}  # batch shape and dtype -> compiled function
 
     def call(self, images):
         size = self.input_size(images.shape[1:3])
-        tokens = encode(self.backbone, resize(self._normalize(images), size))
+        images = resize(self._normalize(images), size)
+        tokens = encode(self.backbone, images, extras=self.extras)
         cls, patches = (ops.cast(x, "float32") for x in (tokens.cls, tokens.patches))
         if self.feature == "patches":
             return patches
@@ -90,7 +103,7 @@ class FeatureExtractor(keras.Model):
         """The `(height, width)` that images of `size` are resized to."""
         if self.image_size is not None:
             return as_pair(self.image_size)
-        patch_size = self.backbone.patch_size
+        patch_size = patch_size_of(self.backbone)
         return tuple(max(int(n / patch_size + 0.5), 1) * patch_size for n in size)
 
     def extract(self, data, batch_size=64, verbose=0):
@@ -152,20 +165,6 @@ class FeatureExtractor(keras.Model):
     def from_config(cls, config):
         backbone = keras.saving.deserialize_keras_object(config["backbone"])
         return cls(**{**config, "backbone": backbone})
-
-
-def resize(images, size):
-    """Antialiased bicubic resize of `(B, H, W, C)`.
-
-    Equal to `keras.ops.image.resize`, which XLA cannot compile under TensorFlow.
-    """
-    for axis, product in ((1, "yh,bhwc->bywc"), (2, "xw,bhwc->bhxc")):
-        old, new = images.shape[axis], size[axis - 1]
-        if old != new:
-            start, length = ops.zeros((1, 1), "float32"), ops.full((1, 1), old, "float32")
-            weights = resampling_weights(start, length, new, old, cubic_kernel, antialias=True)
-            images = ops.einsum(product, weights[0], images)
-    return images
 
 
 def batches(data, batch_size):

@@ -188,6 +188,20 @@ def tone_orders():
 TONE_ORDERS = tone_orders()
 
 
+def resize(images, size):
+    """Antialiased bicubic resize of `(B, H, W, C)`.
+
+    Equal to `keras.ops.image.resize`, which XLA cannot compile under TensorFlow.
+    """
+    for axis, product in ((1, "yh,bhwc->bywc"), (2, "xw,bhwc->bhxc")):
+        old, new = images.shape[axis], size[axis - 1]
+        if old != new:
+            start, length = ops.zeros((1, 1), "float32"), ops.full((1, 1), old, "float32")
+            weights = resampling_weights(start, length, new, old, cubic_kernel, antialias=True)
+            images = ops.einsum(product, weights[0], images)
+    return images
+
+
 def jitter_colors(planes, draws, strength, applied):
     """Brightness, contrast, saturation and hue in an order drawn for each crop.
 

@@ -283,16 +283,19 @@ class Slots(NamedTuple):
     image: Any  # (M,) int, the image the patch belongs to
 
 
-def masked_slots(masks, num_slots, exact=False):
+def masked_slots(masks, num_slots, average="crops", exact=False):
     """Where the masked patches are, as arrays of a static length.
 
-    A masked patch weighs `1 / (masked patches of its crop * G)`: the weighted sum over an
-    image is the mean over its global crops of the means over their masked patches.
+    With `average="crops"` a masked patch weighs `1 / (masked patches of its crop * G)`: the
+    weighted sum over an image is the mean over its global crops of the means over their masked
+    patches. With `"patches"` it weighs `B / (masked patches of the batch)`: the mean over images
+    of their weighted sums is the mean over all masked patches.
 
     Args:
         masks: Bool tensor of shape `(B, G, N)`.
         num_slots: Int, `M`. If more patches are masked, all weights become NaN: nothing is
             left out in silence.
+        average: `"crops"` or `"patches"`.
         exact: Whether exactly `num_slots` patches are known to be masked.
 
     Returns:
@@ -304,9 +307,13 @@ def masked_slots(masks, num_slots, exact=False):
     slot = ops.arange(1, num_slots + 1, dtype="int32")
     index = ops.searchsorted(position, slot, side="left")
     index = ops.minimum(index, masks.shape[0] * num_patches - 1)
-    in_crop = ops.maximum(ops.sum(masks, axis=1), 1)
-    in_crop = ops.take(in_crop, index // num_patches, axis=0)
-    weight = 1.0 / ops.cast(in_crop * num_crops, "float32")
+    if average == "crops":
+        in_crop = ops.maximum(ops.sum(masks, axis=1), 1)
+        in_crop = ops.take(in_crop, index // num_patches, axis=0)
+        weight = 1.0 / ops.cast(in_crop * num_crops, "float32")
+    else:
+        in_batch = ops.cast(ops.maximum(position[-1], 1), "float32")
+        weight = ops.ones((num_slots,), "float32") * (batch_size / in_batch)
     image = index // (num_crops * num_patches)
     if exact:
         return Slots(index, None, weight, image)

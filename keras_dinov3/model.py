@@ -9,7 +9,9 @@ from keras_dinov3 import backend
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.checks import check_settings, crops_of
-from keras_dinov3.encoder import check_backbone, encode, grid_of
+from keras_dinov3.encoder import encode, grid_of
+from keras_dinov3.extras import EncoderExtras
+from keras_dinov3.families import check_backbone, patch_size_of, settle_positions
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.image_model import ImageModel, spread
 from keras_dinov3.losses import dino_loss, ibot_loss, koleo_loss
@@ -28,8 +30,9 @@ class DINOv3(ImageModel):
     moving average of the student and is what `export_backbone` returns.
 
     Args:
-        backbone: `keras_hub.models.DINOV3Backbone`, built with `use_mask_token=True`. It
-            becomes the student and is trained in place.
+        backbone: `DINOV3Backbone` or `DINOV2Backbone` of `keras_hub.models`, built with
+            `use_mask_token=True`, or `ViTBackbone`. It becomes the student and is trained in
+            place.
         num_prototypes: Int, `K`, the prototypes of the class token head.
         num_patch_prototypes: Int, the prototypes of the patch head. `None`: `num_prototypes`.
         head_hidden_dim: Int. Width of the hidden layers of both heads.
@@ -53,6 +56,14 @@ class DINOv3(ImageModel):
             defaults. `None`: no patch is hidden, unless the data bring `masks`.
         max_masked_patches: Int. For data that bring `masks`: slots for the masked
             patches of a whole batch, over all its global crops. `None`: a slot for every patch.
+        ignore_diagonal: Whether the DINO loss leaves out pairs of a global crop with itself.
+        local_weight: Float or schedule. Multiplies the DINO loss of the local crops.
+        ibot_average: `"crops"`: the patch loss is the mean over global crops, masked or not, of
+            the means over their masked patches; `"patches"`: the mean over all masked patches.
+        koleo_crops: Int. Global crops, from the first, that KoLeo is summed over. `None`: all.
+        koleo_distance: `"euclidean"` or `"cosine"`, see `losses.koleo_loss`.
+        extras: `EncoderExtras` with what the backbone's class lacks: registers for a ViT, untied
+            norms, varied rotary positions and more. `None`: nothing.
         teacher: Backbone to start the teacher from. `None`: a copy of `backbone`.
         teacher_ema: `callbacks.TeacherEMA`; `"default"` is one with its defaults. `None`: the
             teacher is frozen, for distillation. A `TeacherEMA` among `fit`'s callbacks
@@ -98,6 +109,12 @@ class DINOv3(ImageModel):
         augmentation="multi_crop",
         masking="block",
         max_masked_patches=None,
+        ignore_diagonal=True,
+        local_weight=1.0,
+        ibot_average="crops",
+        koleo_crops=None,
+        koleo_distance="euclidean",
+        extras=None,
         teacher=None,
         teacher_ema="default",
         seed=None,
@@ -128,12 +145,20 @@ class DINOv3(ImageModel):
         self.augmentation = augmentation
         self.masking = masking
         self.max_masked_patches = max_masked_patches
+        self.ignore_diagonal = ignore_diagonal
+        self.local_weight = local_weight
+        self.ibot_average = ibot_average
+        self.koleo_crops = koleo_crops
+        self.koleo_distance = koleo_distance
+        self.extras = extras
         self.teacher_ema = teacher_ema
         self.seed = seed
         self.student = backbone
         self.teacher = copy_of(backbone) if teacher is None else teacher
         check_settings(self)
 
+        self.student_extras = self.make_extras("student", self.student)
+        self.teacher_extras = self.make_extras("teacher", self.teacher)
         self.student_dino_head, self.student_ibot_head = self.make_heads(
             "student", self.student.hidden_dim
         )
@@ -142,7 +167,7 @@ class DINOv3(ImageModel):
         )
         for student, teacher in self.student_and_teacher:
             teacher.trainable = False
-            if isinstance(student, DINOHead) and teacher_ema is not None:
+            if student is not backbone and teacher_ema is not None:
                 teacher.set_weights(student.get_weights())
         self.class_targets = make_targets(centering, num_prototypes, sinkhorn_iterations)
         self.patch_targets = make_targets(centering, self.head_sizes["ibot"], sinkhorn_iterations)
@@ -168,14 +193,15 @@ class DINOv3(ImageModel):
             tokens = encode(backbone, merge(crops), **kwargs)
             return ops.reshape(tokens.cls, (batch_size, crops.shape[1], -1)), tokens.patches
 
-        dropping = {
+        student = {
             "training": training,
             "drop_path_rate": self.drop_path_rate,
             "seed": self.seed_generator,
+            "extras": self.student_extras,
         }
-        teacher_cls, teacher_patches = see(self.teacher, global_crops)
+        teacher_cls, teacher_patches = see(self.teacher, global_crops, extras=self.teacher_extras)
         student_cls, student_patches = see(
-            self.student, global_crops, masks=None if masks is None else merge(masks), **dropping
+            self.student, global_crops, masks=None if masks is None else merge(masks), **student
         )
         outputs = {
             "student_cls": student_cls,  # (B, G, D)
@@ -183,7 +209,7 @@ class DINOv3(ImageModel):
             "teacher_global": ops.stop_gradient(self.teacher_dino_head(teacher_cls)),
         }
         if local_crops is not None:
-            local_cls, _ = see(self.student, local_crops, **dropping)
+            local_cls, _ = see(self.student, local_crops, is_local=True, **student)
             outputs["student_local"] = self.student_dino_head(local_cls)  # (B, L, K)
         if slots is not None:
             student_patches = ops.take(merge(student_patches), slots.index, axis=0)  # (M, D)
@@ -204,21 +230,22 @@ class DINOv3(ImageModel):
         teacher_temperature = value_at(self.teacher_temperature, self.step)
         num_global = outputs["student_global"].shape[1]
         num_local = outputs["student_local"].shape[1] if "student_local" in outputs else 0
-        pairs = {"global": num_global * (num_global - 1), "local": num_global * num_local}
+        others = num_global - 1 if self.ignore_diagonal else num_global
+        pairs = {"global": num_global * others, "local": num_global * num_local}
         terms, weights = {}, {}
 
         targets = self.class_targets(
             outputs["teacher_global"], teacher_temperature, training=training
         )
         for kind in [kind for kind in pairs if pairs[kind] and not is_zero(self.dino_weight)]:
-            name = f"dino_{kind}_loss"
-            terms[name] = ops.mean(
-                dino_loss(
-                    targets, outputs[f"student_{kind}"], student_temperature, kind == "global"
-                )
-            )
+            name, ignore_diagonal = f"dino_{kind}_loss", kind == "global" and self.ignore_diagonal
+            logits = outputs[f"student_{kind}"]
+            losses = dino_loss(targets, logits, student_temperature, ignore_diagonal)  # (B,)
+            terms[name] = ops.mean(losses)
             share = pairs[kind] / sum(pairs.values())
             weights[name] = value_at(self.dino_weight, self.step) * share
+            if kind == "local":
+                weights[name] = weights[name] * value_at(self.local_weight, self.step)
         if "slots" in outputs:
             slots = outputs["slots"]
             targets = self.patch_targets(
@@ -233,12 +260,13 @@ class DINOv3(ImageModel):
             terms["ibot_loss"] = ops.mean(losses)
             weights["ibot_loss"] = value_at(self.ibot_weight, self.step)
         if not is_zero(self.koleo_weight):
+            num_crops = min(self.koleo_crops or num_global, num_global)
             losses = [
-                ops.mean(koleo_loss(outputs["student_cls"][:, crop], self.koleo_top_k))
-                for crop in range(num_global)
+                koleo_loss(outputs["student_cls"][:, crop], self.koleo_top_k, self.koleo_distance)
+                for crop in range(num_crops)
             ]
             terms["koleo_loss"] = ops.mean(ops.stack(losses))
-            weights["koleo_loss"] = value_at(self.koleo_weight, self.step) * num_global
+            weights["koleo_loss"] = value_at(self.koleo_weight, self.step) * num_crops
 
         return sum(weights[name] * terms[name] for name in terms), terms
 
@@ -265,7 +293,7 @@ class DINOv3(ImageModel):
         if local_crops is not None and local_crops.shape[1] == 0:
             local_crops = None
         batch_size, num_crops = global_crops.shape[:2]
-        grid_size = grid_of(global_crops.shape[2:4], self.student.patch_size, "global_crops")
+        grid_size = grid_of(global_crops.shape[2:4], patch_size_of(self.student), "global_crops")
         shape = (batch_size, num_crops, grid_size[0] * grid_size[1])
 
         masks, slots = crops.get("masks"), None
@@ -276,11 +304,12 @@ class DINOv3(ImageModel):
                     f"Received: masks.shape={tuple(masks.shape)}."
                 )
             masks = ops.cast(masks, "bool")
-            slots = masked_slots(masks, self.max_masked_patches or shape[0] * shape[1] * shape[2])
+            num_slots = self.max_masked_patches or shape[0] * shape[1] * shape[2]
+            slots = masked_slots(masks, num_slots, self.ibot_average)
         elif self.masking is not None:
             masks = self.masking.sample(batch_size, num_crops, grid_size)
             num_masked = self.masking.num_masked(batch_size, num_crops, grid_size)
-            slots = masked_slots(masks, num_masked, exact=True)
+            slots = masked_slots(masks, num_masked, self.ibot_average, exact=True)
         if is_zero(self.ibot_weight):
             slots = None
         return global_crops, local_crops, masks, slots
@@ -301,6 +330,12 @@ class DINOv3(ImageModel):
             heads.append(head)
         return heads
 
+    def make_extras(self, name, backbone):
+        """The `EncoderExtras` of one side, with the settings of `extras`."""
+        config = {} if self.extras is None else self.extras.get_config()
+        config = {**config, "name": f"{name}_extras", "dtype": backbone.dtype_policy}
+        return EncoderExtras(**config).build_for(backbone)
+
     @property
     def head_sizes(self):
         """Prototypes of each head."""
@@ -315,6 +350,7 @@ class DINOv3(ImageModel):
         """Pairs of modules with corresponding weights."""
         return [
             (self.student, self.teacher),
+            (self.student_extras, self.teacher_extras),
             (self.student_dino_head, self.teacher_dino_head),
             (self.student_ibot_head, self.teacher_ibot_head),
         ]
@@ -322,8 +358,25 @@ class DINOv3(ImageModel):
     # In and out
 
     def export_backbone(self):
-        """The teacher as a plain Keras Hub backbone of its own: trainable, free of this model."""
+        """The teacher as a plain Keras Hub backbone of its own: trainable, free of this model.
+
+        Raises:
+            ValueError: If its features need what the backbone's class has no place for.
+        """
+        left_behind = self.teacher_extras.left_behind(self.teacher)
+        if left_behind:
+            raise ValueError(
+                f"A Keras Hub `{type(self.teacher).__name__}` has no place for: "
+                f"{', '.join(left_behind)}. Its features would differ. Keep the whole model "
+                "(`model.save`) and use `encode(model.teacher, images, "
+                "extras=model.teacher_extras)`, or train without them."
+            )
         return copy_of(self.teacher)
+
+    def save_own_variables(self, store):
+        for backbone in (self.student, self.teacher):
+            settle_positions(backbone)  # Keras saves them after this
+        super().save_own_variables(store)
 
     def get_config(self):
         config = super().get_config()
@@ -360,4 +413,5 @@ def merge(x):
 def copy_of(backbone):
     copy = type(backbone).from_config({**backbone.get_config(), "trainable": True})
     copy.set_weights(backbone.get_weights())
+    settle_positions(copy)
     return copy

@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_dinov3.checks import as_numpy
 from keras_dinov3.evaluation import FeatureExtractor
+from keras_dinov3.families import patch_size_of
 
 
 def patch_pca(backbone, images, mean=None, std=None, image_size=None, path=None, batch_size=16):
@@ -46,7 +47,7 @@ def patch_pca(backbone, images, mean=None, std=None, image_size=None, path=None,
     images = as_numpy(images)
     extractor = FeatureExtractor(backbone, "patches", mean, std, image_size)
     patches = extractor.extract(images, min(batch_size, max(len(images), 1)))
-    height, width = (n // backbone.patch_size for n in extractor.input_size(images.shape[1:3]))
+    height, width = (n // patch_size_of(backbone) for n in extractor.input_size(images.shape[1:3]))
     colors = pca_colors(patches).reshape(len(patches), height, width, 3)
     if path is not None:
         save(patch_pca_figure(images, colors), path)
@@ -138,7 +139,7 @@ def crops(model, images, masks=None, path=None):
     }
     count, num_crops, height, width = drawn["global_crops"].shape[:4]
     if masks is None and getattr(model, "masking", None) is not None:
-        patch_size = model.student.patch_size
+        patch_size = patch_size_of(model.student)
         grid_size = (height // patch_size, width // patch_size)
         masks = model.masking.sample(count, num_crops, grid_size)
     if masks is not None:

@@ -1,12 +1,12 @@
 import keras
 import keras_hub
+import meta
 import numpy as np
 import pytest
-from golden import Golden, close, numpy, variable_gradients
+from golden import Golden, close, numpy
 from keras import ops
-from meta import load_backbone, load_block, part
 
-from keras_dinov3 import encoder
+from keras_dinov3 import EncoderExtras, encode_layers, encoder, families, rope
 from keras_dinov3.encoder import encode
 
 
@@ -95,78 +95,128 @@ def test_masked_patches_are_not_seen():
     assert np.max(np.abs(a - c)) > 1e-2
 
 
-@pytest.mark.parametrize("size", ["32x32", "24x40"])
-@pytest.mark.parametrize("kind", ["nomask", "masked"])
-def test_golden_vit(size, kind):
-    golden = Golden("fb_vit_mlp")
-    backbone = golden_backbone(golden)
-    image = golden[f"in/{size}/image"].transpose(0, 2, 3, 1)
-    masks = ops.convert_to_tensor(golden[f"in/{size}/masks"]) if kind == "masked" else None
-    tokens = encode(backbone, ops.convert_to_tensor(image), masks)
-    golden.check(tokens.cls, f"out/{size}/{kind}/x_norm_clstoken")
-    golden.check(tokens.registers, f"out/{size}/{kind}/x_storage_tokens")
-    golden.check(tokens.patches, f"out/{size}/{kind}/x_norm_patchtokens")
+GOLDEN_VITS = ("fb_vit_mlp", "fb_vit_swiglu_maskk_untiegl", "fb_vit_rms_untiecp")
+KINDS = {  # ours, the reference's
+    "cls": "x_norm_clstoken",
+    "registers": "x_storage_tokens",
+    "patches": "x_norm_patchtokens",
+}
 
 
 def golden_backbone(golden):
+    """The backbone of one of `GOLDEN_VITS` and its extras."""
     h = golden.hyperparameters
+    is_gated, is_rms = h["ffn_layer"] == "swiglu", h.get("norm_layer") == "rmsnorm"
+    width = h["embed_dim"]
     backbone = keras_hub.models.DINOV3Backbone(
         patch_size=h["patch_size"],
         num_layers=h["depth"],
-        hidden_dim=h["embed_dim"],
+        hidden_dim=width,
         num_heads=h["num_heads"],
-        intermediate_dim=h["embed_dim"] * h["ffn_ratio"],
+        intermediate_dim=(
+            families.swiglu_width(width, h["ffn_ratio"]) if is_gated else width * h["ffn_ratio"]
+        ),
         num_register_tokens=h["n_storage_tokens"],
-        layer_norm_eps=1e-6,
+        use_gated_mlp=is_gated,
+        hidden_activation="silu" if is_gated else "gelu",
+        use_query_bias=h["qkv_bias"],
+        use_key_bias=h["qkv_bias"] and not h.get("mask_k_bias"),
+        use_value_bias=h["qkv_bias"],
+        use_proj_bias=h.get("proj_bias", True),
+        use_mlp_bias=h.get("ffn_bias", True),
+        layer_norm_eps=1e-5 if "norm_layer" in h else 1e-6,
         image_shape=(32, 32, 3),
     )
-    load_backbone(backbone, part(golden.arrays, "weights/"))
-    return backbone
+    extras = EncoderExtras(
+        untie_cls_norm=h.get("untie_cls_and_patch_norms", False),
+        untie_local_cls_norm=h.get("untie_global_and_local_cls_norm", False),
+        norm="rms" if is_rms else "layer",
+        layer_scale=h["layerscale_init"] is not None,
+        rope_normalize=h.get("pos_embed_rope_normalize_coords", "separate"),
+    ).build_for(backbone)
+    meta.load(meta.backbone_weights(backbone, extras), golden.arrays, "weights/")
+    return backbone, extras
 
 
-def test_golden_vit_gradients():
-    golden = Golden("fb_vit_mlp")
-    backbone = golden_backbone(golden)
+def channels_last(array):
+    return ops.convert_to_tensor(array.transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("name", GOLDEN_VITS)
+def test_golden_vit(name):
+    golden = Golden(name)
+    backbone, extras = golden_backbone(golden)
+    for size in ("32x32", "24x40"):
+        image = channels_last(golden[f"in/{size}/image"])
+        for kind in ("nomask", "masked"):
+            masks = ops.convert_to_tensor(golden[f"in/{size}/masks"]) if kind == "masked" else None
+            tokens = encode(backbone, image, masks, extras=extras)
+            for ours, theirs in KINDS.items():
+                if f"out/{size}/{kind}/{theirs}" in golden.keys():
+                    golden.check(getattr(tokens, ours), f"out/{size}/{kind}/{theirs}")
+    layers = encode_layers(backbone, image, 2, as_grid=True, extras=extras)
+    for index, tokens in enumerate(layers):
+        prefix = f"out/intermediate_last2/{index}"
+        golden.check(ops.transpose(tokens.patches, (0, 3, 1, 2)), f"{prefix}/patch_map_BDHW")
+        golden.check(tokens.cls, f"{prefix}/cls")
+
+
+@pytest.mark.parametrize("name", GOLDEN_VITS)
+def test_golden_vit_in_training(name):
+    """Outputs of a global and a local batch, and every gradient."""
+    golden = Golden(name)
+    backbone, extras = golden_backbone(golden)
     masks = ops.convert_to_tensor(golden["in/32x32/masks"])
-    whole, local = (
-        ops.convert_to_tensor(golden[f"in/{key}/image"].transpose(0, 2, 3, 1))
-        for key in ("32x32", "local")
-    )
+    batches = {"global": ("in/32x32/image", masks), "local": ("in/local/image", None)}
+
+    def see(view):
+        key, masks = batches[view]
+        image = channels_last(golden[key])
+        return encode(backbone, image, masks, True, extras=extras, is_local=view == "local")
 
     def function():
         total = 0.0
-        for name, tokens in (
-            ("global", encode(backbone, whole, masks, training=True)),
-            ("local", encode(backbone, local, training=True)),
-        ):
-            for kind, x in (
-                ("x_norm_clstoken", tokens.cls),
-                ("x_storage_tokens", tokens.registers),
-                ("x_norm_patchtokens", tokens.patches),
-            ):
-                cotangent = ops.convert_to_tensor(golden[f"in/cotangent/{name}/{kind}"])
-                total = total + ops.sum(x * cotangent)
+        for view in batches:
+            tokens = see(view)
+            for ours, theirs in KINDS.items():
+                if f"in/cotangent/{view}/{theirs}" in golden.keys():
+                    cotangent = ops.convert_to_tensor(golden[f"in/cotangent/{view}/{theirs}"])
+                    total = total + ops.sum(getattr(tokens, ours) * cotangent)
         return total
 
-    variables = {
-        "cls_token": backbone.embeddings.cls_token,
-        "storage_tokens": backbone.embeddings.register_tokens,
-        "mask_token": backbone.embeddings.mask_token,
-        "patch_embed.proj.weight": backbone.embeddings.patch_embeddings.projection.kernel,
-        "norm.weight": backbone.layernorm.gamma,
-    }
-    _, gradients = variable_gradients(function, list(variables.values()))
-    for name, gradient in zip(variables, gradients, strict=True):
-        if name == "patch_embed.proj.weight":
-            gradient = gradient.transpose(3, 2, 0, 1)
-        golden.check(gradient.reshape(golden[f"grad/{name}"].shape), f"grad/{name}")
+    for view in batches:
+        tokens = see(view)
+        for ours, theirs in KINDS.items():
+            if f"out/train_list/{view}/{theirs}" in golden.keys():
+                golden.check(getattr(tokens, ours), f"out/train_list/{view}/{theirs}")
+    names = golden.case["grad_norm_names"]
+    weights = meta.backbone_weights(backbone, extras)
+    _, gradients = meta.gradients_of(function, weights, names)
+    norms = [np.linalg.norm(gradients[name].astype("float64")) for name in names]
+    golden.check(np.array(norms), "grad_norms")
+    for name in names:
+        if f"grad/{name}" in golden.keys():
+            golden.check(gradients[name], f"grad/{name}")
+
+
+def test_layers_by_number():
+    backbone = small_backbone(num_layers=3)
+    x = ops.convert_to_tensor(images(2, 16, 24, 3))
+    last, first = encode_layers(backbone, x, [-1, 0])
+    close(last.cls, numpy(encode(backbone, x).cls), 0, 0)
+    raw = encode_layers(backbone, x, [2], normalize=False)[0]
+    close(encoder.normalize(raw.patches, backbone.layernorm), numpy(last.patches), 1e-6, 0)
+    assert np.max(np.abs(numpy(first.cls) - numpy(last.cls))) > 1e-2
+    for layers in (0, 4, [3], [-4], []):
+        with pytest.raises(ValueError, match="from 1 to 3, or a list of blocks from 0 to 2"):
+            encode_layers(backbone, x, layers)
 
 
 def test_golden_rope_periods():
     golden = Golden("fb_rope")
     h = golden.hyperparameters
-    golden.check(encoder.rope_periods(h["D_head"], h["base"]), "periods/base")
-    minmax = encoder.rope_periods(h["D_head"], min_period=h["minp"], max_period=h["maxp"])
+    golden.check(rope.rope_periods(h["D_head"], h["base"]), "periods/base")
+    minmax = rope.rope_periods(h["D_head"], min_period=h["minp"], max_period=h["maxp"])
     golden.check(minmax, "periods/minmax")
 
 
@@ -180,7 +230,7 @@ def test_golden_rope_tables():
         "rescale": {"log_rescale": h["logr"][0]},
         "all": {"shift": h["shift"], "log_jitter": h["logj"], "log_rescale": h["logr"][0]},
         "minmax_period": {
-            "periods": encoder.rope_periods(h["D_head"], min_period=h["minp"], max_period=h["maxp"])
+            "periods": rope.rope_periods(h["D_head"], min_period=h["minp"], max_period=h["maxp"])
         },
     }
     checked = 0
@@ -189,7 +239,7 @@ def test_golden_rope_tables():
         if parts[0] not in ("separate", "min", "max") or parts[-1] == "cos":
             continue
         normalize, augmentation, grid, _ = parts
-        sin, cos = encoder.rope_tables(
+        sin, cos = rope.rope_tables(
             tuple(map(int, grid.split("x"))),
             h["D_head"],
             h["base"],
@@ -205,18 +255,18 @@ def test_golden_rope_tables():
 def test_golden_rope_rotation():
     golden = Golden("fb_rope")
     h = golden.hyperparameters
-    sin, cos = encoder.rope_tables(h["grids"][1], h["D_head"], h["base"])
+    sin, cos = rope.rope_tables(h["grids"][1], h["D_head"], h["base"])
     x = golden["apply/x"].transpose(0, 2, 1, 3)  # ours: (B, length, heads, head_dim)
-    rope = encoder.signed_rope(sin, cos, 0, "float32")
-    y = encoder.apply_rope(ops.convert_to_tensor(x), *rope)
+    tables = rope.signed_rope(sin, cos, 0, "float32")
+    y = rope.apply_rope(ops.convert_to_tensor(x), *tables)
     golden.check(numpy(y).transpose(0, 2, 1, 3), "apply/y")
 
 
 def test_prefix_tokens_are_not_rotated():
-    sin, cos = encoder.rope_tables((2, 3), 8)
-    rope = encoder.signed_rope(sin, cos, 5, "float32")
+    sin, cos = rope.rope_tables((2, 3), 8)
+    tables = rope.signed_rope(sin, cos, 5, "float32")
     x = images(2, 11, 3, 8)
-    y = numpy(encoder.apply_rope(ops.convert_to_tensor(x), *rope))
+    y = numpy(rope.apply_rope(ops.convert_to_tensor(x), *tables))
     np.testing.assert_array_equal(y[:, :5], x[:, :5])
     assert np.max(np.abs(y[:, 5:] - x[:, 5:])) > 0.1
 
@@ -234,8 +284,8 @@ def test_golden_drop_path_with_given_subsets():
         image_shape=(16, 16, 3),
     )
     layer = backbone.encoder.layers[0]
-    load_block(layer, part(golden.arrays, "weights/"))
-    weights = encoder.block_weights(layer, "float32")
+    meta.load(meta.block_weights(layer, h["dim"]), golden.arrays, "weights/")
+    weights = families.dinov3_block(layer, "float32")
     for index in (0, 1):
         x = golden[f"in/{index}"]
         keep = max(int(len(x) * (1 - h["drop_path"])), 1)
@@ -243,7 +293,7 @@ def test_golden_drop_path_with_given_subsets():
             ops.convert_to_tensor(golden[f"in/perm{p}"][:keep], dtype="int32")
             for p in (index, index + 2)
         ]
-        y = encoder.block(ops.convert_to_tensor(x), None, weights, backbone, subsets)
+        y = encoder.block(ops.convert_to_tensor(x), None, weights, h["num_heads"], "gelu", subsets)
         golden.check(y, f"out/{index}")
 
 
@@ -291,3 +341,160 @@ def test_errors_teach():
         encode(small_backbone(), ops.zeros((2, 32, 32, 3)), ops.zeros((2, 15), "bool"))
     with pytest.raises(TypeError, match="DINOV3Backbone"):
         encode(keras.Sequential(), ops.zeros((2, 32, 32, 3)))
+
+
+# Other families
+
+
+def randomized(backbone):
+    rng = np.random.default_rng(0)
+    for variable in backbone.trainable_variables:
+        variable.assign(numpy(variable) + rng.normal(size=variable.shape) * 0.1)
+    return backbone
+
+
+def dinov2(**config):
+    config = {
+        "patch_size": 8,
+        "num_layers": 2,
+        "hidden_dim": 48,
+        "num_heads": 3,
+        "intermediate_dim": 80,
+        "layer_scale_init_value": 0.5,
+        "image_shape": (32, 32, 3),
+        "position_embedding_shape": (32, 32, 3),
+        **config,
+    }
+    return randomized(keras_hub.models.DINOV2Backbone(**config))
+
+
+def vit(**config):
+    config = {
+        "image_shape": (32, 24, 3),
+        "patch_size": 8,
+        "num_layers": 2,
+        "num_heads": 3,
+        "hidden_dim": 48,
+        "mlp_dim": 80,
+        **config,
+    }
+    return randomized(keras_hub.models.ViTBackbone(**config))
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        lambda: dinov2(num_register_tokens=3),
+        lambda: dinov2(use_swiglu_ffn=True, use_mask_token=False),
+        lambda: vit(),
+        lambda: vit(use_mha_bias=False, use_mlp_bias=False, use_patch_bias=False),
+    ],
+)
+def test_other_families_equal_the_hub_at_inference(backbone):
+    backbone = backbone()
+    x = images(2, *backbone.image_shape)
+    expected = numpy(backbone({"images": x}))
+    actual = numpy(tokens_in_order(encode(backbone, ops.convert_to_tensor(x))))
+    assert actual.shape == expected.shape
+    assert np.max(np.abs(actual - expected)) < 1e-5
+
+
+def test_learned_positions_are_resized():
+    """To half the grid: each position is nearly the mean of the four it covers."""
+    backbone = vit(image_shape=(96, 96, 3))
+    x, y = np.meshgrid(np.arange(12.0), np.arange(12.0))
+    ramp = np.zeros((145, 48), "float32")
+    ramp[1:, 0], ramp[1:, 1] = x.ravel(), y.ravel()
+    embedding = backbone.get_layer("vit_patching_and_embedding").position_embedding
+    embedding.set_weights([ramp])
+    small = numpy(encoder.resize_positions(families.parts_of(backbone), (6, 6)))[0]
+    np.testing.assert_array_equal(small[0], 0)
+    inner = small[1:].reshape(6, 6, 48)[2:-2, 2:-2]  # where the kernel meets no edge
+    np.testing.assert_allclose(inner[..., 0], [[4.5, 6.5], [4.5, 6.5]], atol=1e-5)
+    np.testing.assert_allclose(inner[..., 1], [[4.5, 4.5], [6.5, 6.5]], atol=1e-5)
+
+
+def test_extra_registers_and_mask_token():
+    backbone = vit()
+    extras = EncoderExtras(num_register_tokens=4).build_for(backbone)
+    assert [tuple(w.shape) for w in extras.weights] == [(1, 4, 48), (1, 1, 48)]
+    x = ops.convert_to_tensor(images(2, 16, 40, 3))
+    masks = ops.convert_to_tensor(np.random.default_rng(1).random((2, 10)) < 0.4)
+    plain, masked = encode(backbone, x, extras=extras), encode(backbone, x, masks, extras=extras)
+    assert plain.registers.shape == (2, 4, 48) and plain.patches.shape == (2, 10, 48)
+    assert np.max(np.abs(numpy(plain.cls) - numpy(masked.cls))) > 1e-3
+    with pytest.raises(ValueError, match="ViTBackbone without one; pass the `EncoderExtras`"):
+        encode(backbone, x, masks)
+    with pytest.raises(ValueError, match="has 4 of its own"):
+        EncoderExtras(num_register_tokens=1).build_for(small_backbone(num_register_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (lambda: vit(use_class_token=False), "class token.*use_class_token=False"),
+        (lambda: vit(patch_size=(8, 4)), r"square.*patch_size=\(8, 4\)"),
+        (lambda: dinov2(position_embedding_shape=(48, 48, 3)), "position embeddings.*any size"),
+    ],
+)
+def test_kinds_that_are_not_supported(backbone, message):
+    with pytest.raises(ValueError, match=message):
+        families.check_backbone(backbone())
+
+
+# Varied rotary positions
+
+
+def test_rope_is_varied_in_training_by_block_and_call():
+    backbone = small_backbone()
+    extras = EncoderExtras(rope_shift=0.5, rope_jitter=2.0, rope_rescale=2.0)
+    x = ops.convert_to_tensor(images(2, 32, 32, 3))
+    seed = keras.random.SeedGenerator(1)
+    plain = numpy(encode(backbone, x).cls)
+    close(encode(backbone, x, seed=seed, extras=extras).cls, plain, 0, 0)
+    one, two = (
+        numpy(encode(backbone, x, training=True, seed=seed, extras=extras).cls) for _ in range(2)
+    )
+    assert np.max(np.abs(one - plain)) > 1e-3 and np.max(np.abs(one - two)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["rope_shift", "rope_jitter", "rope_rescale"])
+def test_rope_draws_stay_in_their_range(kind):
+    """Angles of the longest period, from which the drawn number follows."""
+    limit = {"rope_shift": 0.4, "rope_jitter": 1.5, "rope_rescale": 3.0}[kind]
+    extras, seed = EncoderExtras(**{kind: limit}), keras.random.SeedGenerator(5)
+    drawn = []
+    for _ in range(60):
+        sin, cos = (numpy(x) for x in extras.rope((2, 3), 16, 1e6, seed))
+        angle = np.arctan2(sin, cos)[0]  # of the first patch: h angles, w angles
+        period = 1e6 ** (3 / 4)
+        centre = angle[[3, 7]] * period / (2 * np.pi)
+        plain = np.array([-1 / 2, -2 / 3])
+        drawn.append(centre - plain if kind == "rope_shift" else np.log(centre / plain))
+    drawn = np.array(drawn)
+    bound = limit if kind == "rope_shift" else np.log(limit)
+    assert np.all(np.abs(drawn) <= bound * 1.001) and np.min(np.ptp(drawn, axis=0)) > bound
+    same = np.allclose(drawn[:, 0], drawn[:, 1], atol=1e-3)
+    assert same == (kind == "rope_rescale")  # one number for both axes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_register_tokens": -1}, "num_register_tokens=-1"),
+        ({"norm": "batch"}, "norm='batch'"),
+        ({"rope_normalize": "mean"}, "rope_normalize='mean'"),
+        ({"rope_periods": (5.0, 2.0)}, "0 < min < max"),
+        ({"rope_shift": 0.0}, "rope_shift=0.0"),
+        ({"rope_jitter": 1.0}, "rope_jitter=1.0"),
+        ({"rope_rescale": 0.5}, "rope_rescale=0.5"),
+    ],
+)
+def test_extras_say_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EncoderExtras(**arguments)
+
+
+@pytest.mark.parametrize(("ratio", "multiple", "width"), [(3, 8, 128), (4, 8, 176), (4, 64, 192)])
+def test_swiglu_width(ratio, multiple, width):
+    assert families.swiglu_width(64, ratio, multiple) == width

@@ -1,0 +1,172 @@
+"""What encoders can have beyond the Keras Hub class of their backbone: `EncoderExtras`."""
+
+import math
+
+import keras
+
+from keras_dinov3.families import parts_of
+from keras_dinov3.rope import rope_periods, rope_tables
+
+LAYER, RMS = "layer", "rms"  # kinds of norm
+
+
+@keras.saving.register_keras_serializable(package="keras_dinov3")
+class EncoderExtras(keras.layers.Layer):
+    """What an encoder can have or do beyond the Keras Hub class of its backbone.
+
+    Give one to `DINOv3(extras=...)`: student and teacher each get their own with these settings,
+    and their weights train, move and are saved with the model.
+
+    Args:
+        num_register_tokens: Int. Register tokens for a family that has none.
+        untie_cls_norm: If true, class and register tokens have a final norm of their own.
+        untie_local_cls_norm: If true, those of local crops have one in training; never else.
+        norm: `"layer"`, or `"rms"` for RMSNorm in all places: `x / sqrt(mean(x**2) + epsilon) *
+            gamma`. The betas of the backbone are then unused.
+        layer_scale: If false, the backbone's layer scale is unused.
+        rope_normalize: What divides the patch centres of both axes: each axis's own length
+            (`"separate"`), or the longer (`"max"`) or shorter (`"min"`) of the two.
+        rope_periods: `(min, max)`: geometric periods between them. `None`: from the backbone's
+            `rope_theta`.
+        rope_shift: Positive float `s` or `None`. In training, both centres are shifted by
+            numbers from `U(-s, s)`, drawn for each block and crop size, one for the batch.
+        rope_jitter: Float `j > 1` or `None`. They are multiplied by numbers, one per axis,
+            whose logarithm is from `U(-log j, log j)`.
+        rope_rescale: Float `r > 1` or `None`. Both are multiplied by one such number.
+        **kwargs: Keyword arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Reference:
+        [Siméoni et al., 2025](https://arxiv.org/abs/2508.10104), section 3.2;
+        [Zhang & Sennrich, 2019](https://arxiv.org/abs/1910.07467) (RMSNorm);
+        [Darcet et al., 2023](https://arxiv.org/abs/2309.16588) (registers).
+    """
+
+    def __init__(
+        self,
+        num_register_tokens=0,
+        untie_cls_norm=False,
+        untie_local_cls_norm=False,
+        norm=LAYER,
+        layer_scale=True,
+        rope_normalize="separate",
+        rope_periods=None,
+        rope_shift=None,
+        rope_jitter=None,
+        rope_rescale=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if not isinstance(num_register_tokens, int) or num_register_tokens < 0:
+            raise ValueError(
+                "`num_register_tokens` must be an integer of at least 0. "
+                f"Received: {num_register_tokens=}."
+            )
+        if norm not in (LAYER, RMS):
+            raise ValueError(f'`norm` must be "layer" or "rms". Received: {norm=}.')
+        if rope_normalize not in ("separate", "max", "min"):
+            raise ValueError(
+                f'`rope_normalize` must be "separate", "max" or "min". Received: {rope_normalize=}.'
+            )
+        if rope_periods is not None and not 0 < rope_periods[0] < rope_periods[1]:
+            raise ValueError(
+                f"`rope_periods` must be (min, max) with 0 < min < max. Received: {rope_periods=}."
+            )
+        if rope_shift is not None and not rope_shift > 0:
+            raise ValueError(f"`rope_shift` must be positive, or None. Received: {rope_shift=}.")
+        for name, value in (("rope_jitter", rope_jitter), ("rope_rescale", rope_rescale)):
+            if value is not None and not value > 1:
+                raise ValueError(f"`{name}` must be above 1, or None. Received: {name}={value}.")
+        self.num_register_tokens = num_register_tokens
+        self.untie_cls_norm = untie_cls_norm
+        self.untie_local_cls_norm = untie_local_cls_norm
+        self.norm = norm
+        self.layer_scale = layer_scale
+        self.rope_normalize = rope_normalize
+        self.rope_periods = rope_periods
+        self.rope_shift = rope_shift
+        self.rope_jitter = rope_jitter
+        self.rope_rescale = rope_rescale
+        # What `build_for` may make
+        self.register_tokens = self.mask_token = self.cls_norm = self.local_cls_norm = None
+
+    def build_for(self, backbone):
+        """Makes the weights that `backbone`'s class has no place for; returns the layer.
+
+        New norms start as a copy of the backbone's final norm. Parts of the backbone that these
+        settings leave unused are frozen.
+        """
+        parts, width = parts_of(backbone), backbone.hidden_dim
+        if self.num_register_tokens and parts.register_tokens is not None:
+            raise ValueError(
+                "`num_register_tokens` of `EncoderExtras` is for backbones without registers. "
+                f"Received: {self.num_register_tokens}, and a backbone that has "
+                f"{parts.register_tokens.shape[1]} of its own."
+            )
+        if self.num_register_tokens:
+            shape = (1, self.num_register_tokens, width)
+            initializer = keras.initializers.TruncatedNormal(stddev=0.02)
+            self.register_tokens = self.add_weight(shape, initializer, name="register_tokens")
+        if parts.mask_token is None and not hasattr(backbone, "use_mask_token"):
+            self.mask_token = self.add_weight((1, 1, width), "zeros", name="mask_token")
+        for name in ("cls_norm", "local_cls_norm"):
+            if getattr(self, f"untie_{name}"):
+                copy = type(parts.norm).from_config({**parts.norm.get_config(), "name": name})
+                copy.build((None, None, width))
+                copy.set_weights(parts.norm.get_weights())
+                setattr(self, name, copy)
+        if self.norm == RMS:
+            weights = [parts.block_weights(layer, "float32") for layer in parts.blocks]
+            norms = [block[name] for block in weights for name in ("norm1", "norm2")]
+            for norm in (*norms, parts.norm, self.cls_norm, self.local_cls_norm):
+                if norm is not None:
+                    norm.beta.trainable = False
+        if not self.layer_scale:
+            for layer in parts.blocks:
+                for name in ("layer_scale1", "layer_scale2"):
+                    if hasattr(layer, name):
+                        getattr(layer, name).trainable = False
+        self.built = True
+        return self
+
+    @property
+    def varies_rope(self):
+        """Whether rotary positions are varied in training."""
+        return any(x is not None for x in (self.rope_shift, self.rope_jitter, self.rope_rescale))
+
+    def rope(self, grid_size, head_dim, theta, seed=None):
+        """`rope_tables` by these settings; with a `SeedGenerator`, varied by a new draw."""
+        periods = None
+        if self.rope_periods is not None:
+            low, high = self.rope_periods
+            periods = rope_periods(head_dim, min_period=low, max_period=high)
+        variation = {}
+        if seed is not None:
+            draws = 2.0 * keras.random.uniform((5,), dtype="float32", seed=seed) - 1.0
+            if self.rope_shift is not None:
+                variation["shift"] = draws[:2] * self.rope_shift
+            if self.rope_jitter is not None:
+                variation["log_jitter"] = draws[2:4] * math.log(self.rope_jitter)
+            if self.rope_rescale is not None:
+                variation["log_rescale"] = draws[4] * math.log(self.rope_rescale)
+        return rope_tables(grid_size, head_dim, theta, periods, self.rope_normalize, **variation)
+
+    def left_behind(self, backbone):
+        """Names of what features at inference need and `backbone`'s class has no place for."""
+        parts = parts_of(backbone)
+        names = {
+            "register tokens": self.num_register_tokens,
+            "untied norm of class tokens": self.untie_cls_norm,
+            "RMSNorm": self.norm == RMS,
+        }
+        if parts.rope_theta is not None:
+            names["rope_normalize"] = self.rope_normalize != "separate"
+            names["rope_periods"] = self.rope_periods is not None
+        return [name for name, is_needed in names.items() if is_needed]
+
+    def get_config(self):
+        names = ("num_register_tokens", "untie_cls_norm", "untie_local_cls_norm", "norm")
+        names += ("layer_scale", "rope_normalize", "rope_periods", "rope_shift", "rope_jitter")
+        return {**super().get_config(), **{n: getattr(self, n) for n in (*names, "rope_rescale")}}

@@ -1,0 +1,163 @@
+import keras
+import keras_hub
+import meta
+import numpy as np
+import pytest
+import tiny
+from golden import Golden, close, numpy
+from keras import ops
+
+import keras_dinov3 as kd
+from keras_dinov3 import encoder, families, recipes
+
+VARIANTS = ("local16", "local32", "nolocal")
+
+
+def seed_model(golden):
+    h = golden.hyperparameters
+    backbone = keras_hub.models.ViTBackbone(
+        image_shape=(h["img"], h["img"], 3),
+        patch_size=h["patch"],
+        num_layers=h["depth"],
+        num_heads=h["heads"],
+        hidden_dim=h["dim"],
+        mlp_dim=4 * h["dim"],
+    )
+    settings = recipes.seed_method(total_steps=10, num_register_tokens=h["regs"])
+    assert settings["masking"].mask_ratio == h["mask_ratio"]
+    model = kd.DINOv3(
+        backbone,
+        num_prototypes=h["Kc"],
+        num_patch_prototypes=h["Kp"],
+        head_hidden_dim=h["hid"],
+        head_bottleneck_dim=h["bot"],
+        augmentation=None,
+        **{**settings, "masking": None},  # the case brings its mask
+    )
+    weights = {}
+    for side in ("student", "teacher"):
+        parts = {
+            f"backbone.{side}": meta.vit_weights(
+                getattr(model, side), getattr(model, f"{side}_extras")
+            ),
+            f"cls_head.{side}": meta.head_weights(getattr(model, f"{side}_dino_head")),
+            f"patch_head.{side}": meta.head_weights(getattr(model, f"{side}_ibot_head")),
+        }
+        for part, names in parts.items():
+            for name, weight in names.items():
+                name = name.removeprefix("mlp.").replace("last_layer", "6")
+                weights[f"{part}.{name}"] = weight
+    weights["mask_token"] = meta.vector(model.student_extras.mask_token)
+    meta.load(weights, golden.arrays, "weights/")
+    return model, weights
+
+
+def seed_crops(golden, variant):
+    def images_first(keys):
+        views = [golden[key].transpose(0, 2, 3, 1) for key in keys]
+        return ops.convert_to_tensor(np.stack(views, axis=1))
+
+    masks = golden["in/mask"].reshape(2, -1, golden["in/mask"].shape[-1])
+    crops = {
+        "global_crops": images_first(["in/global_view0", "in/global_view1"]),
+        "masks": ops.convert_to_tensor(np.moveaxis(masks, 0, 1)),
+    }
+    if variant != "nolocal":
+        crops["local_crops"] = images_first([f"in/{variant}/local_view{i}" for i in (0, 1)])
+    return crops
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_golden_seed_method(variant):
+    golden = Golden("seed_method_forward")
+    model, weights = seed_model(golden)
+    crops = seed_crops(golden, variant)
+
+    def loss():
+        total, _ = model.loss_and_terms(model(crops, training=True))
+        return total
+
+    names = golden.case["grad_norm_names"]
+    total, gradients = meta.gradients_of(loss, weights, names)
+    golden.check(total, f"out/{variant}/loss")
+    norms = [np.linalg.norm(gradients[name].astype("float64")) for name in names]
+    golden.check(np.array(norms), f"grad_norms/{variant}")
+    prefix = f"grad/{variant}/"
+    stored = [key for key in golden.keys() if key.startswith(prefix)]
+    assert len(stored) >= 10
+    for key in stored:
+        golden.check(gradients[key.removeprefix(prefix)], key)
+
+    outputs = model(crops, training=True)
+    _, terms = model.loss_and_terms(outputs)
+    golden.check(terms["ibot_loss"], f"out/{variant}/loss_patch")
+    golden.check(terms["koleo_loss"], f"out/{variant}/loss_koleo")
+    pairs = {"dino_global_loss": 2, "dino_local_loss": 4}
+    pairs = {name: count for name, count in pairs.items() if name in terms}
+    cls = sum(terms[name] * count for name, count in pairs.items()) / sum(pairs.values())
+    golden.check(cls, f"out/{variant}/loss_cls")
+    views = ops.reshape(ops.swapaxes(crops["global_crops"], 0, 1), (8, 32, 32, 3))
+    tokens = kd.encode(model.teacher, views, extras=model.teacher_extras)
+    golden.check(tokens.cls, f"out/{variant}/embedding")
+
+
+def test_golden_seed_positions_on_a_small_grid():
+    golden = Golden("seed_method_forward")
+    model, _ = seed_model(golden)
+    positions = encoder.resize_positions(families.parts_of(model.student), (2, 2))
+    golden.check(positions, "aux/pos_embed_student_resampled_small_grid")
+
+
+def test_seed_method_trains_a_vit_and_saves_it(tmp_path):
+    """With crops and masks of its own; what the Hub class lacks is saved with the model."""
+    backbone = keras_hub.models.ViTBackbone(
+        image_shape=(32, 24, 3), patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=48
+    )
+    settings = recipes.seed_method(total_steps=10, num_register_tokens=3, seed=1)
+    model = tiny.model(backbone=backbone, **settings)
+    before = [w.copy() for w in map(numpy, model.teacher_extras.weights)]
+    logs = model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0).history
+    assert np.isfinite(logs["loss"][0]) and int(model.step) == 2
+    for old, new in zip(before, model.teacher_extras.weights, strict=True):
+        assert not np.array_equal(old, numpy(new))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x = ops.convert_to_tensor(tiny.images(2, *tiny.GLOBAL, dtype="float32"))
+    ours, theirs = (kd.encode(m.teacher, x, extras=m.teacher_extras).cls for m in (model, loaded))
+    close(theirs, numpy(ours), 0, 1e-6)
+    with pytest.raises(ValueError, match="`ViTBackbone` has no place for: register tokens"):
+        model.export_backbone()
+
+
+def test_dinov2_trains_and_exports(tmp_path):
+    backbone = keras_hub.models.DINOV2Backbone(
+        patch_size=8,
+        num_layers=2,
+        hidden_dim=32,
+        num_heads=2,
+        intermediate_dim=48,
+        num_register_tokens=3,
+        image_shape=(32, 32, 3),
+        position_embedding_shape=(32, 32, 3),
+    )
+    model = tiny.model(
+        keras.optimizers.AdamW(1e-2), backbone=backbone, teacher_ema=kd.callbacks.TeacherEMA(0.5)
+    )
+    model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0)
+    x = tiny.images(2, 32, 32, dtype="float32")
+    expected = numpy(kd.encode(model.teacher, ops.convert_to_tensor(x)).cls)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    close(kd.encode(loaded.teacher, ops.convert_to_tensor(x)).cls, expected, 0, 1e-6)
+    model.export_backbone().save_to_preset(str(tmp_path / "preset"))
+    preset = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
+    close(preset({"images": x})[:, 0], expected, 0, 1e-5)
+
+
+def test_dinov3_recipe_is_the_default():
+    settings = recipes.dinov3(total_steps=10)
+    model = tiny.model()
+    for name in ("student_temperature", "teacher_temperature", "koleo_weight"):
+        assert getattr(model, name) == settings[name]
+    momentum = settings["teacher_ema"].momentum
+    assert [float(momentum(step)) for step in (0, 9)] == pytest.approx([0.992, 1.0])
