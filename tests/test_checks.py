@@ -31,6 +31,11 @@ def crop_model():
         ({"masking": "random"}, "`masking`.*RandomMasking.*'random'"),
         ({"augmentation": "none"}, "`augmentation`.*MultiCrop.*'none'"),
         ({"teacher_ema": 0.99}, "`teacher_ema`.*TeacherEMA.*0.99"),
+        ({"extras": {"norm": "rms"}}, "`extras`.*EncoderExtras"),
+        ({"ibot_average": "images"}, "`ibot_average`.*'crops', 'patches'.*'images'"),
+        ({"koleo_distance": "angle"}, "`koleo_distance`.*'angle'"),
+        ({"koleo_crops": 0}, "`koleo_crops`.*or None"),
+        ({"local_weight": -1}, "`local_weight`.*at least 0"),
         (
             {"augmentation": tiny.multi_crop(num_global_crops=1, num_local_crops=0)},
             "one global crop, no local crop.*dino_weight=0",

@@ -315,6 +315,36 @@ def test_export_is_a_plain_backbone(trained, tmp_path):
     close(loaded({"pixel_values": x})[:, 0], numpy(tokens.cls), 0, 1e-5)
 
 
+def test_extras_train_move_and_are_saved(tmp_path):
+    extras = kd.EncoderExtras(
+        untie_cls_norm=True,
+        untie_local_cls_norm=True,
+        norm="rms",
+        layer_scale=False,
+        rope_periods=(0.5, 50.0),
+        rope_shift=0.1,
+    )
+    model = tiny.model(extras=extras)
+    before = [weights_of([side]) for side in (model.student_extras, model.teacher_extras)]
+    scale = numpy(model.student.encoder.layers[0].layer_scale1.lambda1).copy()
+    model.train_on_batch(tiny.images())
+    after = [weights_of([side]) for side in (model.student_extras, model.teacher_extras)]
+    for old, new in zip(before, after, strict=True):
+        moved = {len(w) for w, v in zip(old, new, strict=True) if not np.array_equal(w, v)}
+        assert len(new) == 4 and moved == {32}  # two norms, of which gamma trains
+        assert sum(np.array_equal(w, v) for w, v in zip(old, new, strict=True)) == 2
+    np.testing.assert_array_equal(
+        numpy(model.student.encoder.layers[0].layer_scale1.lambda1), scale
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    batch = tiny.images(seed=5)
+    expected = model.train_on_batch(batch, return_dict=True)
+    assert loaded.train_on_batch(batch, return_dict=True) == expected
+    with pytest.raises(ValueError, match="untied norm of class tokens, RMSNorm, rope_periods"):
+        model.export_backbone()
+
+
 def test_evaluate_changes_nothing(trained):
     model = trained[0]
     before = [*student_weights(model), *teacher_weights(model), numpy(model.step)]
