@@ -139,8 +139,10 @@ def test_images_of_several_sizes(model, kind):
 
         spec = tf.TensorSpec((None, None, None, 3), "uint8")
         data = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec)
+    before = model.teacher.get_weights()
     with pytest.raises(Exception, match="All batches must hold arrays of one size"):
         model.fit(data, verbose=0)
+    assert all(map(np.array_equal, before, model.teacher.get_weights()))  # nothing is lost
 
 
 def test_fit_takes_two_epochs_of_a_loader(model):
