@@ -73,6 +73,27 @@ def after(data):
     return tf.control_dependencies([x for x in tf.nest.flatten(data) if x is not None])
 
 
+@contextlib.contextmanager
+def weights_kept(model):
+    """A context in which a first training step that fails does not cost the weights.
+
+    On JAX `fit` takes the values out of the model before its first step, and if that step raises,
+    because of the data for instance, does not put them back.
+    """
+    if keras.config.backend() != "jax":
+        yield
+        return
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *(optimizer.variables if optimizer else [])]
+    values = [variable.value for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, values, strict=True):
+            if variable._value is None:
+                variable.assign(value)
+
+
 def optimizer_updates(model):
     """How often the optimizer has changed the weights, an int tensor."""
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # loss scaling

@@ -116,13 +116,13 @@ def from_directory(data):
 
 def full_loader(loader, first):
     """A torch `DataLoader` like `loader` that drops its short last batch."""
-    is_dict = isinstance(first, dict)
-    if getattr(loader.batch_sampler, "drop_last", True) and not is_dict:
+    is_bare = not isinstance(first, (tuple, list))
+    if getattr(loader.batch_sampler, "drop_last", True) and not is_bare:
         return loader
     kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator")
     kept += ("multiprocessing_context", "prefetch_factor", "persistent_workers")
     settings = {name: getattr(loader, name) for name in kept}
-    if is_dict:  # Keras takes the keys of a bare dict for a tuple of arrays
+    if is_bare:  # Keras takes the keys of a dict, or the rows of a tensor, for separate arrays
         settings["collate_fn"] = InTuple(loader.collate_fn)
     if loader.batch_sampler is None:  # batches are the dataset's own
         settings["batch_size"] = None

@@ -111,16 +111,17 @@ class ImageModel(keras.Model):
         in_order = getattr(x, "position", None) is not None
         if in_order:
             callbacks.append(DataOrder(x))
-        return super().fit(
-            x,
-            epochs=epochs,
-            verbose=verbose,
-            # First the one that stops: no other may write weights that are lost.
-            callbacks=[StopOnNonFinite.before(callbacks), *callbacks],
-            validation_data=validation_data,
-            shuffle=shuffle and not in_order,
-            **kwargs,
-        )
+        with backend.weights_kept(self):
+            return super().fit(
+                x,
+                epochs=epochs,
+                verbose=verbose,
+                # First the one that stops: no other may write weights that are lost.
+                callbacks=[StopOnNonFinite.before(callbacks), *callbacks],
+                validation_data=validation_data,
+                shuffle=shuffle and not in_order,
+                **kwargs,
+            )
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """The loss terms on images; takes the data that `fit` takes."""
