@@ -1,6 +1,6 @@
 """DINOv3 self-supervised training for Keras 3, on PyTorch, JAX and TensorFlow."""
 
-from keras_dinov3 import callbacks, data, evaluation, losses, visualize
+from keras_dinov3 import callbacks, convert, data, evaluation, losses, visualize
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.encoder import Tokens, encode
 from keras_dinov3.heads import DINOHead
@@ -19,6 +19,7 @@ __all__ = [
     "Tokens",
     "WarmupCosine",
     "callbacks",
+    "convert",
     "data",
     "encode",
     "evaluation",

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from golden import Golden, close, numpy, variable_gradients
 from keras import ops
-from meta import load_backbone, load_block, part
 
 from keras_dinov3 import encoder
+from keras_dinov3.convert import backbone_from_meta, backbone_to_meta
 from keras_dinov3.encoder import encode
 
 
@@ -109,19 +109,8 @@ def test_golden_vit(size, kind):
 
 
 def golden_backbone(golden):
-    h = golden.hyperparameters
-    backbone = keras_hub.models.DINOV3Backbone(
-        patch_size=h["patch_size"],
-        num_layers=h["depth"],
-        hidden_dim=h["embed_dim"],
-        num_heads=h["num_heads"],
-        intermediate_dim=h["embed_dim"] * h["ffn_ratio"],
-        num_register_tokens=h["n_storage_tokens"],
-        layer_norm_eps=1e-6,
-        image_shape=(32, 32, 3),
-    )
-    load_backbone(backbone, part(golden.arrays, "weights/"))
-    return backbone
+    num_heads = golden.hyperparameters["num_heads"]
+    return backbone_from_meta(golden.part("weights/"), num_heads, layer_norm_eps=1e-6)
 
 
 def test_golden_vit_gradients():
@@ -230,12 +219,13 @@ def test_golden_drop_path_with_given_subsets():
         hidden_dim=h["dim"],
         num_heads=h["num_heads"],
         intermediate_dim=h["dim"] * h["ffn_ratio"],
-        layer_norm_eps=h["norm_eps"],
         image_shape=(16, 16, 3),
     )
-    layer = backbone.encoder.layers[0]
-    load_block(layer, part(golden.arrays, "weights/"))
-    weights = encoder.block_weights(layer, "float32")
+    block = {f"blocks.0.{name}": array for name, array in golden.part("weights/").items()}
+    backbone = backbone_from_meta(
+        {**backbone_to_meta(backbone), **block}, h["num_heads"], layer_norm_eps=h["norm_eps"]
+    )
+    weights = encoder.block_weights(backbone.encoder.layers[0], "float32")
     for index in (0, 1):
         x = golden[f"in/{index}"]
         keep = max(int(len(x) * (1 - h["drop_path"])), 1)

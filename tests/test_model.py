@@ -10,7 +10,6 @@ import pytest
 import tiny
 from golden import Golden, close, numpy, variable_gradients
 from keras import ops
-from meta import load_backbone, load_head, part
 
 import keras_dinov3 as kd
 from keras_dinov3.model import ARGUMENTS
@@ -71,11 +70,8 @@ def golden_model():
         augmentation=None,
         masking=None,
     )
-    for side, index in (("student", 0), ("teacher", 1)):
-        backbone, dino_head, ibot_head = (pair[index] for pair in model.student_and_teacher)
-        load_backbone(backbone, part(golden.arrays, f"{side}/backbone."))
-        load_head(dino_head, part(golden.arrays, f"{side}/dino_head."))
-        load_head(ibot_head, part(golden.arrays, f"{side}/ibot_head."))
+    for side in ("student", "teacher"):
+        kd.convert.load_meta(model, golden.part(f"{side}/"), part=side)
 
     def image_major(x, num_crops):  # from rows [crop 0 of all images, crop 1 of all images, ...]
         return np.moveaxis(x.reshape(num_crops, h["B"], *x.shape[1:]), 0, 1)
