@@ -1,6 +1,6 @@
 """DINOv3 self-supervised training for Keras 3, on PyTorch, JAX and TensorFlow."""
 
-from keras_dinov3 import callbacks, data, evaluation, losses, recipes, visualize
+from keras_dinov3 import callbacks, convert, data, evaluation, losses, recipes, visualize
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.encoder import Tokens, encode, encode_layers
 from keras_dinov3.extras import EncoderExtras
@@ -21,6 +21,7 @@ __all__ = [
     "Tokens",
     "WarmupCosine",
     "callbacks",
+    "convert",
     "data",
     "encode",
     "encode_layers",

@@ -215,3 +215,46 @@ def compiled(function, static_argnames=()):
     import jax
 
     return jax.jit(function, static_argnames=static_argnames)
+
+
+def numpy_of(x):
+    """The values of an array or tensor of any library as a NumPy array of the same dtype."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return np.asarray(x)
+    x = x.detach().cpu()
+    if x.dtype == torch.bfloat16:  # which torch does not hand to NumPy
+        return x.view(torch.int16).numpy().view("bfloat16")
+    return x.numpy()
+
+
+def load_torch_file(path):
+    """Reads a file of `torch.save` without running code from it: tensors, numbers and containers.
+
+    Raises:
+        ImportError: If torch is not installed. It need not be Keras's backend.
+    """
+    return import_torch(path).load(path, weights_only=True, map_location="cpu")
+
+
+def save_torch_file(arrays, path):
+    """Writes a dict of name to NumPy array with `torch.save`."""
+    torch = import_torch(path)
+
+    def tensor(x):
+        if x.dtype.name == "bfloat16":
+            return torch.tensor(x.view("int16")).view(torch.bfloat16)
+        return torch.tensor(x)
+
+    torch.save({name: tensor(array) for name, array in arrays.items()}, path)
+
+
+def import_torch(path):
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is a file of torch, and torch is not installed. Install it (the CPU build is "
+            "enough, Keras can keep its backend), or use a .safetensors file."
+        ) from error
+    return torch

@@ -25,6 +25,10 @@ class Golden:
     def keys(self):
         return self.arrays.keys()
 
+    def part(self, prefix):
+        """The arrays whose keys start with `prefix`, without it."""
+        return {k.removeprefix(prefix): a for k, a in self.arrays.items() if k.startswith(prefix)}
+
     def check(self, actual, key, rtol=None, atol=None):
         """Asserts `max|x - ref| <= atol + rtol * max|ref|`, the manifest's rule."""
         tolerance = self.case["tolerance"]

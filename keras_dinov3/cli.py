@@ -1,0 +1,146 @@
+"""The command `keras-dinov3`: its flags are arguments of the same name in Python."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import keras_hub
+
+from keras_dinov3 import convert
+
+KINDS = ("meta", "huggingface", "keras")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+
+
+def main(argv=None):
+    """Runs a command line.
+
+    Args:
+        argv: List of strings. `None`: those of the process.
+
+    Returns:
+        Exit code: 0, or 2 with one message on stderr.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"keras-dinov3 {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser():
+    main_parser = argparse.ArgumentParser(prog="keras-dinov3", description=__doc__)
+    commands = main_parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "convert",
+        help="bring a backbone from one format of weights to another",
+        description="Brings a DINOv3 backbone from one format of weights to another: meta "
+        "(a .pth or .safetensors file in the names of Meta's repository), huggingface (a folder "
+        "with config.json and model.safetensors) or keras (a Keras Hub preset folder).",
+    )
+    command.add_argument("source", help="file or folder to read")
+    command.add_argument("target", help="file or folder to write; it must not exist yet")
+    command.add_argument(
+        "--from",
+        dest="source_kind",
+        choices=KINDS,
+        help="format of the source; default: what the path looks like",
+    )
+    command.add_argument(
+        "--to",
+        dest="target_kind",
+        choices=KINDS,
+        help="format of the target; default: meta for a .pth or .safetensors file, else keras, or "
+        "huggingface if the source is keras",
+    )
+    command.add_argument(
+        "--num-heads", type=int, help="attention heads, which files of meta do not tell"
+    )
+    command.add_argument(
+        "--part",
+        choices=convert.SIDES,
+        default="teacher",
+        help="side of a training checkpoint of meta; default: %(default)s",
+    )
+    command.set_defaults(run=run_convert)
+    return main_parser
+
+
+def run_convert(arguments):
+    source, target = pathlib.Path(arguments.source), pathlib.Path(arguments.target)
+    if not source.exists():
+        raise FileNotFoundError(f"There is no file or folder {source}.")
+    if target.exists():
+        raise FileExistsError(f"{target} exists and is not overwritten.")
+    source_kind = arguments.source_kind or kind_of(source)
+    target_kind = arguments.target_kind
+    if target_kind is None:
+        folder_kind = "huggingface" if source_kind == "keras" else "keras"
+        target_kind = "meta" if target.suffix in WEIGHT_FILES else folder_kind
+    if target_kind == "meta" and target.suffix not in WEIGHT_FILES:
+        raise ValueError(
+            f"A target of kind meta must end in {', '.join(WEIGHT_FILES)}. Received: {target}."
+        )
+    backbone = read_backbone(source, source_kind, arguments)
+    write_backbone(backbone, target, target_kind)
+    print(f"{source} ({source_kind}) is now {target} ({target_kind}).")
+
+
+def kind_of(source):
+    """The format of an existing file or folder."""
+    if source.is_file() and source.suffix in WEIGHT_FILES:
+        return "meta"
+    config = source / "config.json"
+    if config.is_file():
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None
+        if isinstance(content, dict) and "model_type" in content:
+            return "huggingface"
+        if isinstance(content, dict) and "registered_name" in content:
+            return "keras"
+    raise ValueError(
+        f"{source} is neither a .pth or .safetensors file nor a folder with the config.json of a "
+        "Hugging Face model or Keras Hub preset. If it is one, say which by `--from`."
+    )
+
+
+def read_backbone(source, kind, arguments):
+    if kind == "huggingface":
+        return convert.backbone_from_huggingface(source)
+    if kind == "keras":
+        return read_preset(source)
+    if arguments.num_heads is None:
+        raise ValueError(
+            "Weights in Meta's format do not tell the number of attention heads. Give it by "
+            "`--num-heads`: 6 for ViT-S, 12 for ViT-B, 16 for ViT-L, 20 for ViT-H+, 32 for ViT-7B."
+        )
+    weights = convert.read_weights(source)
+    return convert.backbone_from_meta(weights, arguments.num_heads, part=arguments.part)
+
+
+def read_preset(folder):
+    try:
+        # An absolute path is never taken for the name of a preset to download.
+        return keras_hub.models.DINOV3Backbone.from_preset(str(folder.resolve()))
+    except Exception as error:  # whatever damaged JSON and HDF5 lead to
+        raise ValueError(
+            f"{folder} is no readable Keras Hub preset of a `DINOV3Backbone`: {error}"
+        ) from error
+
+
+def write_backbone(backbone, target, kind):
+    if kind == "huggingface":
+        convert.backbone_to_huggingface(backbone, target)
+    elif kind == "keras":
+        backbone.save_to_preset(str(target))
+    else:
+        convert.write_weights(convert.backbone_to_meta(backbone), target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
