@@ -6,10 +6,12 @@ from keras_dinov3.encoder import Tokens, encode
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.model import DINOv3
+from keras_dinov3.optimizers import AdamW, scaled_learning_rate
 from keras_dinov3.schedules import WarmupCosine
 from keras_dinov3.targets import SoftmaxCentering, sinkhorn_knopp
 
 __all__ = [
+    "AdamW",
     "BlockMasking",
     "DINOHead",
     "DINOv3",
@@ -23,6 +25,7 @@ __all__ = [
     "encode",
     "evaluation",
     "losses",
+    "scaled_learning_rate",
     "sinkhorn_knopp",
     "visualize",
 ]

@@ -181,6 +181,22 @@ def block_weights(layer, dtype):
     return weights
 
 
+def weight_places(backbone):
+    """The weights of a Hub backbone by place, for rules that differ from place to place.
+
+    Returns:
+        Dict of lists of variables: `"tokens"` (class, register and mask), `"patch_embed"`,
+        `"norm"` (the final one), and `"blocks"`, which has one list for each block.
+    """
+    patch_embed = backbone.embeddings.patch_embeddings.weights
+    return {
+        "tokens": [w for w in backbone.embeddings.weights if all(w is not p for p in patch_embed)],
+        "patch_embed": patch_embed,
+        "blocks": [layer.weights for layer in backbone.encoder.layers],
+        "norm": backbone.layernorm.weights,
+    }
+
+
 def embed_patches(images, projection, patch_size, dtype):
     """The patch convolution as one matrix product, `(B, H, W, C)` to `(B, N, D)`."""
     batch_size, height, width, channels = ops.shape(images)
