@@ -7,10 +7,12 @@ from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.model import DINOv3
+from keras_dinov3.optimizers import AdamW, scaled_learning_rate
 from keras_dinov3.schedules import WarmupCosine
 from keras_dinov3.targets import SoftmaxCentering, sinkhorn_knopp
 
 __all__ = [
+    "AdamW",
     "BlockMasking",
     "DINOHead",
     "DINOv3",
@@ -28,6 +30,7 @@ __all__ = [
     "evaluation",
     "losses",
     "recipes",
+    "scaled_learning_rate",
     "sinkhorn_knopp",
     "visualize",
 ]

@@ -20,7 +20,8 @@ def step_then(model, train_step, args, update):
             any weight of the model.
 
     Returns:
-        What `train_step` returns, with `update`'s assignments in the JAX state.
+        What `train_step` returns, with `update`'s assignments in the JAX state and the values of
+        `optimizer_logs` in the logs.
     """
     if keras.config.backend() == "jax":
         return _jax_step_then(model, train_step, *args, update)
@@ -35,12 +36,12 @@ def step_then(model, train_step, args, update):
         result = train_step(*args)
         with torch.no_grad():
             update(optimizer_updates(model) - before)
-        return result
+        return {**result, **optimizer_logs(model)}
     with after(args):
         before = optimizer_updates(model) + 0
         result = train_step(*args)
         update(optimizer_updates(model) - before)
-    return result
+        return {**result, **optimizer_logs(model)}
 
 
 def _jax_step_then(model, train_step, state, data, update):
@@ -55,6 +56,7 @@ def _jax_step_then(model, train_step, state, data, update):
     values = [*trainable, *non_trainable, *optimizer]
     with keras.StatelessScope(zip(variables, values, strict=True)) as scope:
         update(optimizer_updates(model) - before)
+        logs = {**logs, **optimizer_logs(model)}
     non_trainable = [scope.get_current_value(v) for v in model.non_trainable_variables]
     return logs, (trainable, non_trainable, optimizer, metrics)
 
@@ -96,8 +98,85 @@ def weights_kept(model):
 
 def optimizer_updates(model):
     """How often the optimizer has changed the weights, an int tensor."""
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # loss scaling
-    return ops.convert_to_tensor(optimizer.iterations)
+    return ops.convert_to_tensor(bare_optimizer(model).iterations)
+
+
+def optimizer_logs(model):
+    """What the optimizer says about its last update, a dict of scalar tensors; often empty."""
+    optimizer = bare_optimizer(model)
+    return optimizer.logs() if hasattr(optimizer, "logs") else {}
+
+
+def bare_optimizer(model):
+    """The model's optimizer, taken out of loss scaling."""
+    return getattr(model.optimizer, "inner_optimizer", model.optimizer)
+
+
+def global_norm(gradients):
+    """The length of a list of tensors taken as one vector, a float32 scalar."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+        return torch.linalg.vector_norm(torch.stack(norms))
+    gradients = [ops.cast(gradient, "float32") for gradient in gradients]
+    return ops.sqrt(sum(ops.sum(ops.square(gradient)) for gradient in gradients))
+
+
+def scaled(tensors, factor):
+    """A list of tensors times a scalar tensor; the tensors keep their dtypes."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        return list(torch._foreach_mul(tensors, factor))
+    return [tensor * ops.cast(factor, tensor.dtype) for tensor in tensors]
+
+
+def update_together(optimizer, gradients, variables, rates):
+    """`AdamW.update_step` for many weights at once, where the backend has operations for that.
+
+    On torch each operation then runs over all weights in a few kernels, instead of in several
+    for each.
+
+    Args:
+        optimizer: `AdamW`.
+        gradients: List of tensors.
+        variables: List of their `keras.Variable`s.
+        rates: The optimizer's `Rates`.
+
+    Returns:
+        Whether the weights have been updated. If not, the caller updates them one by one.
+    """
+    if keras.config.backend() != "torch":
+        return False
+    import torch
+
+    with torch.no_grad():
+        weights = [variable.value for variable in variables]
+        gradients = [g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)]
+        groups = {}  # positions of weights that share rate and decay
+        for position, variable in enumerate(variables):
+            groups.setdefault(optimizer.multipliers(variable), []).append(position)
+        moments = [optimizer.moments(variable) for variable in variables]
+        means, squares = ([m.value for m in column] for column in zip(*moments, strict=True))
+        torch._foreach_lerp_(means, gradients, 1 - optimizer.beta_1)
+        torch._foreach_mul_(squares, optimizer.beta_2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - optimizer.beta_2)
+        scales = torch._foreach_sqrt(squares)
+        torch._foreach_add_(scales, optimizer.epsilon * rates.square_correction)
+        moves = torch._foreach_div(means, scales)
+        # The factors of all groups at once: on a GPU, single numbers cost as much as arrays.
+        factors = torch.tensor(list(groups), dtype=torch.float32, device=weights[0].device)
+        is_last_layer = factors[:, 2] > 0
+        rate = torch.where(is_last_layer, rates.last_layer_rate, rates.rate) * factors[:, 0]
+        kept = (1 - rate * rates.decay * factors[:, 1]).unbind()
+        moved = (rate * (rates.square_correction / rates.mean_correction)).unbind()
+        for (multipliers, members), keep, move in zip(groups.items(), kept, moved, strict=True):
+            if multipliers.decay:
+                torch._foreach_mul_([weights[i] for i in members], keep)
+            torch._foreach_mul_([moves[i] for i in members], move)
+        torch._foreach_sub_(weights, moves)
+    return True
 
 
 def declare_shapes(inputs, shapes):

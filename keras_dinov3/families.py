@@ -1,5 +1,6 @@
 """Where each Keras Hub family of vision transformers keeps its weights."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import keras_hub
@@ -212,6 +213,25 @@ def projection_of(backbone):
     if isinstance(backbone, keras_hub.models.ViTBackbone):
         return backbone.get_layer("vit_patching_and_embedding").patch_embedding
     return backbone.embeddings.patch_embeddings.projection
+
+
+def weight_places(backbone):
+    """The weights of a backbone by place, for rules that differ from place to place.
+
+    Returns:
+        Dict of lists of variables: `"tokens"` (class, register and mask, and learned positions),
+        `"patch_embed"`, `"norm"` (the final one), and `"blocks"`, which has one list for each block.
+    """
+    parts = parts_of(backbone)
+    places = {
+        "patch_embed": parts.projection.weights,
+        "blocks": [layer.weights for layer in parts.blocks],
+        "norm": parts.norm.weights,
+    }
+    named = [*places["patch_embed"], *places["norm"], *itertools.chain(*places["blocks"])]
+    named = {id(weight) for weight in named}
+    places["tokens"] = [weight for weight in backbone.weights if id(weight) not in named]
+    return places
 
 
 def settle_positions(backbone):

@@ -16,6 +16,7 @@ from keras_dinov3.heads import DINOHead
 from keras_dinov3.image_model import ImageModel, spread
 from keras_dinov3.losses import dino_loss, ibot_loss, koleo_loss
 from keras_dinov3.masking import BlockMasking, masked_slots
+from keras_dinov3.optimizers import set_roles
 from keras_dinov3.schedules import is_zero, value_at
 from keras_dinov3.targets import make_targets
 
@@ -169,6 +170,7 @@ class DINOv3(ImageModel):
             teacher.trainable = False
             if student is not backbone and teacher_ema is not None:
                 teacher.set_weights(student.get_weights())
+        set_roles(*(student for student, _ in self.student_and_teacher))
         self.class_targets = make_targets(centering, num_prototypes, sinkhorn_iterations)
         self.patch_targets = make_targets(centering, self.head_sizes["ibot"], sinkhorn_iterations)
         self.seed_generator = keras.random.SeedGenerator(spread(seed, 2))

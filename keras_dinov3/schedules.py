@@ -9,6 +9,7 @@ import math
 import numbers
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -29,7 +30,11 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     ```python
     steps_per_epoch = len(images) // batch_size
     rate = WarmupCosine(1e-3, total_steps=100 * steps_per_epoch, warmup_steps=10 * steps_per_epoch)
+    rate = WarmupCosine.from_epochs(1e-3, 100, steps_per_epoch, warmup_epochs=10)  # the same
     ```
+
+    The last four arguments give the schedules of DINO, DINOv2 and the DINOv3 settings that count
+    in that older way: `warmup_reaches_peak=True, cosine_reaches_end=False`.
 
     Args:
         peak: Float. The value after the warmup.
@@ -38,8 +43,18 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         warmup_steps: Int between 0 and `total_steps`. Optimizer updates of warmup. Defaults to 0.
         start: Float. The value at step 0 if there is a warmup. Defaults to 0.
         end: Float. The value after the cosine. Defaults to 0.
-        cosine_steps: Int between 0 and `total_steps - warmup_steps`, the length of the cosine
-            part. Defaults to `None`, which is all of `total_steps - warmup_steps`.
+        cosine_steps: Int between 0 and `total_steps - freeze_steps - warmup_steps`, the length of
+            the cosine part. Defaults to `None`, which is all of that.
+        freeze_steps: Int. Optimizer updates before the warmup, at which the value is 0; all else
+            comes that much later. Defaults to 0.
+        warmup_reaches_peak: If true, the warmup takes `peak` at its own last step: it divides by
+            `w - 1` in place of `w`. Defaults to `False`.
+        cosine_reaches_end: If false, the cosine divides by `c` in place of `c - 1`, and `end` comes
+            one step after its last. Defaults to `True`.
+        truncate_extra: Float of at least 0. The cosine is drawn for
+            `int((1 + truncate_extra) * c)` steps, cut after `c` of them, and stretched so that it
+            is `end` at the last all the same: it still moves there, where a whole half cosine is
+            flat. Needs `cosine_reaches_end=True`. Defaults to 0.
 
     Call arguments:
         step: Number of optimizer updates made so far: a Python int, or an array or tensor of any
@@ -50,7 +65,8 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
 
     Raises:
         ValueError: If a number of steps is negative, not an integer, or above what
-            `total_steps` leaves for it, or if a value is not a finite number.
+            `total_steps` leaves for it, if a value is not a finite number, or if the cosine is
+            both truncated and without its end.
 
     Reference:
         The half cosine is [Loshchilov & Hutter, 2017](https://arxiv.org/abs/1608.03983),
@@ -58,43 +74,143 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         [DINOv3](https://arxiv.org/abs/2508.10104) training code.
     """
 
-    def __init__(self, peak, total_steps, warmup_steps=0, start=0.0, end=0.0, cosine_steps=None):
+    def __init__(
+        self,
+        peak,
+        total_steps,
+        warmup_steps=0,
+        start=0.0,
+        end=0.0,
+        cosine_steps=None,
+        freeze_steps=0,
+        warmup_reaches_peak=False,
+        cosine_reaches_end=True,
+        truncate_extra=0.0,
+    ):
         for name, value in (("peak", peak), ("start", start), ("end", end)):
             if not (isinstance(value, numbers.Real) and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be a finite number. Received: {name}={value!r}.")
         _check_steps("total_steps", total_steps, at_least=1)
         _check_steps("warmup_steps", warmup_steps)
-        left = total_steps - warmup_steps
+        _check_steps("freeze_steps", freeze_steps)
+        left = total_steps - warmup_steps - freeze_steps
+        frozen = f", freeze_steps={freeze_steps}" if freeze_steps else ""
         if left < 0:
             raise ValueError(
-                "`warmup_steps` must be at most `total_steps`; both count optimizer updates, not "
-                f"epochs. Received: warmup_steps={warmup_steps}, total_steps={total_steps}."
+                f"`warmup_steps`{' and `freeze_steps`' * bool(frozen)} must be at most "
+                "`total_steps`; they count optimizer updates, not epochs. "
+                f"Received: warmup_steps={warmup_steps}, total_steps={total_steps}{frozen}."
             )
         if cosine_steps is not None:
             _check_steps("cosine_steps", cosine_steps)
             if cosine_steps > left:
                 raise ValueError(
-                    "`cosine_steps` must be at most `total_steps - warmup_steps`. Received: "
-                    f"cosine_steps={cosine_steps}, total_steps={total_steps}, "
-                    f"warmup_steps={warmup_steps}. Largest: {left}."
+                    "`cosine_steps` must be at most `total_steps - freeze_steps - warmup_steps`. "
+                    f"Received: cosine_steps={cosine_steps}, total_steps={total_steps}, "
+                    f"warmup_steps={warmup_steps}{frozen}. Largest: {left}."
                 )
+        if not (isinstance(truncate_extra, numbers.Real) and 0 <= truncate_extra < math.inf):
+            raise ValueError(
+                "`truncate_extra` must be a finite number of at least 0, a share of the cosine's "
+                f"length. Received: truncate_extra={truncate_extra!r}."
+            )
+        if truncate_extra and not cosine_reaches_end:
+            raise ValueError(
+                "A truncated cosine is stretched to its end, so `truncate_extra` needs "
+                "`cosine_reaches_end=True`. Received: cosine_reaches_end=False, "
+                f"truncate_extra={truncate_extra}."
+            )
         self.peak = peak
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
         self.start = start
         self.end = end
         self.cosine_steps = cosine_steps
+        self.freeze_steps = freeze_steps
+        self.warmup_reaches_peak = warmup_reaches_peak
+        self.cosine_reaches_end = cosine_reaches_end
+        self.truncate_extra = truncate_extra
+
+    @classmethod
+    def from_epochs(
+        cls,
+        peak,
+        epochs,
+        steps_per_epoch,
+        warmup_epochs=0,
+        cosine_epochs=None,
+        freeze_epochs=0,
+        **kwargs,
+    ):
+        """A schedule whose lengths are given in epochs, whole or not.
+
+        Args:
+            peak: Float. The value after the warmup.
+            epochs: Number. Epochs of the whole training.
+            steps_per_epoch: Int, at least 1. Optimizer updates in one epoch.
+            warmup_epochs: Number. Epochs of warmup. Defaults to 0.
+            cosine_epochs: Number. Epochs of the cosine part. `None`: all that are left.
+            freeze_epochs: Number. Epochs at 0, before the warmup. Defaults to 0.
+            **kwargs: The other arguments of `WarmupCosine`.
+
+        Returns:
+            `WarmupCosine`; each length is rounded to whole steps.
+
+        Raises:
+            ValueError: As `WarmupCosine`.
+        """
+        _check_steps("steps_per_epoch", steps_per_epoch, at_least=1)
+
+        def steps(epochs):
+            return None if epochs is None else round(epochs * steps_per_epoch)
+
+        return cls(
+            peak,
+            steps(epochs),
+            warmup_steps=steps(warmup_epochs),
+            cosine_steps=steps(cosine_epochs),
+            freeze_steps=steps(freeze_epochs),
+            **kwargs,
+        )
 
     def __call__(self, step):
-        step = ops.cast(step, "float32")
+        return self._formula(ops.cast(step, "float32"), ops)
+
+    def values(self, steps=None):
+        """The schedule in double precision, to plot or to check it.
+
+        Args:
+            steps: Array of ints. `None`: all of `range(total_steps)`.
+
+        Returns:
+            float64 NumPy array of the shape of `steps`.
+        """
+        steps = np.arange(self.total_steps) if steps is None else steps
+        return self._formula(np.asarray(steps, "float64"), np)
+
+    def _formula(self, step, ops):
+        """The values at `step` by the functions of `ops`, which is `keras.ops` or `numpy`."""
+        step = step - self.freeze_steps
         warmup = self.warmup_steps
-        cosine = self.total_steps - warmup if self.cosine_steps is None else self.cosine_steps
-        rising = self.start + (self.peak - self.start) * (step / max(warmup, 1))
-        # (1 + cos(pi * t)) / 2 as a squared sine, which is exactly 1 and 0 at both ends.
-        left = 1.0 - ops.clip((step - warmup) / max(cosine - 1, 1), 0.0, 1.0)
-        falling = self.end + (self.peak - self.end) * ops.square(ops.sin(0.5 * math.pi * left))
+        cosine = self.cosine_steps
+        if cosine is None:
+            cosine = self.total_steps - self.freeze_steps - warmup
+        rise = max(warmup - self.warmup_reaches_peak, 1)
+        # The steps of a whole half cosine, and the share of them that is taken.
+        whole = int((1 + self.truncate_extra) * cosine) - self.cosine_reaches_end
+        share = (cosine - 1) / whole if self.truncate_extra and cosine > 1 else 1.0
+        span = max(cosine - self.cosine_reaches_end, 1)
+
+        rising = self.start + (self.peak - self.start) * (step / rise)
+        # (cos(angle) - cos(last)) / (1 - cos(last)), where `last` is pi for a whole half cosine, as
+        # a product of sines: exactly 1 and 0 at both ends, and nothing cancels in between.
+        left = 1.0 - ops.clip((step - warmup) / span, 0.0, 1.0)
+        half = 0.5 * math.pi * share
+        falling = ops.sin(half * (2.0 - left)) * ops.sin(half * left)
+        falling = self.end + (self.peak - self.end) / math.sin(half) ** 2 * falling
         after = ops.where(step < warmup + cosine, falling, float(self.end))
-        return ops.where(step < warmup, rising, after)
+        value = ops.where(step < warmup, rising, after)
+        return ops.where(step < 0, 0.0, value) if self.freeze_steps else value
 
     def get_config(self):
         return {
@@ -104,6 +220,10 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
             "start": self.start,
             "end": self.end,
             "cosine_steps": self.cosine_steps,
+            "freeze_steps": self.freeze_steps,
+            "warmup_reaches_peak": self.warmup_reaches_peak,
+            "cosine_reaches_end": self.cosine_reaches_end,
+            "truncate_extra": self.truncate_extra,
         }
 
 
@@ -144,6 +264,7 @@ def check_range(name, value, above=None, low=None, high=None, below=None):
     if isinstance(value, WarmupCosine):
         # All its values lie between these; `start` is never taken without a warmup.
         values = [value.peak, value.end] + ([value.start] if value.warmup_steps else [])
+        values += [0.0] if value.freeze_steps else []
         received = f"WarmupCosine({', '.join(f'{k}={v}' for k, v in value.get_config().items())})"
     elif callable(value):
         values = [float(ops.convert_to_numpy(value(step))) for step in SAMPLE_STEPS]

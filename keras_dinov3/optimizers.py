@@ -1,0 +1,401 @@
+"""`AdamW` with rates and decays by the place of a weight, and clipping by the part of a model."""
+
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_dinov3 import backend
+from keras_dinov3.families import weight_places
+from keras_dinov3.schedules import check_range, deserialize, serialize, value_at
+
+
+class Role(NamedTuple):
+    """What a weight is to its model. `AdamW` reads it from the variable: `variable.role`.
+
+    `DINOv3` gives its student's weights theirs whenever it is made, so also by `load_model`. A
+    weight of any other model has none, and is treated as this class's defaults say; to use the
+    rules elsewhere, set `variable.role = Role(...)` before the optimizer is built.
+
+    Args:
+        part: Str. The gradients of a part are clipped together, by their common norm.
+        depth: Int. Transformer blocks from the end of the backbone: 0 for what comes after the
+            last block, 1 for the last block, and so on up to the embeddings.
+        kind: `"patch_embed"`, `"head"`, `"last_layer"` (the prototypes of a head) or
+            `"plain"`, which is all else.
+        decays: Whether weight decay applies.
+    """
+
+    part: str = ""
+    depth: int = 0
+    kind: str = "plain"
+    decays: bool = True
+
+
+class Multipliers(NamedTuple):
+    """What `AdamW` multiplies its rate and its decay by, for one weight."""
+
+    rate: float
+    decay: float
+    is_last_layer: bool
+
+
+class Rates(NamedTuple):
+    """The numbers that all weights share in one update, float32 scalars."""
+
+    rate: Any
+    last_layer_rate: Any
+    decay: Any
+    mean_correction: Any  # 1 - beta_1 ** t
+    square_correction: Any  # sqrt(1 - beta_2 ** t)
+
+    def of(self, multipliers):
+        """Rate and decay of a weight with these multipliers."""
+        rate = self.last_layer_rate if multipliers.is_last_layer else self.rate
+        return rate * multipliers.rate, self.decay * multipliers.decay
+
+
+@keras.saving.register_keras_serializable(package="keras_dinov3")
+class AdamW(keras.optimizers.Optimizer):
+    """AdamW with rates and decays by place, scheduled decay, and clipping by part.
+
+    The update `t` (counted from 1) of a weight `p` with gradient `g` is, in this order,
+
+    - `g *= min(1, part_clipnorm / (norm + 1e-6))`, with the norm of all gradients of its part;
+    - `p *= 1 - rate * decay`;
+    - `m = beta_1 * m + (1 - beta_1) * g` and `v = beta_2 * v + (1 - beta_2) * g ** 2`;
+    - `p -= rate * (m / (1 - beta_1 ** t)) / (sqrt(v / (1 - beta_2 ** t)) + epsilon)`.
+
+    The `rate` of a weight is `learning_rate` times `layerwise_decay ** depth`, and in the patch
+    embedding and the heads times their multipliers. The depth is 0 for the heads and the final
+    norm, 1 for the last block, and one more for each block before it up to class, register and
+    mask tokens and the patch embedding. The `decay` is `weight_decay` for matrices and tokens, and
+    0 for biases, norms and layer scale. Parts are `backbone`, `dino_head` and `ibot_head`.
+
+    All that holds for the weights of a `DINOv3`, which tells each its `Role`. Elsewhere this is a
+    plain AdamW with all multipliers 1, and all weights are one part. Its epsilon stands where
+    Kingma & Ba have it, not where `keras.optimizers.AdamW` has.
+
+    Schedules count updates, also under `gradient_accumulation_steps`, where those of Keras's own
+    optimizers count batches.
+
+    ```python
+    rate = scaled_learning_rate(1e-3, batch_size=256)
+    model.compile(
+        kd.AdamW(
+            kd.WarmupCosine(rate, total_steps=10_000, warmup_steps=1_000, end=1e-6),
+            weight_decay=kd.WarmupCosine(0.04, total_steps=10_000, end=0.2),
+            layerwise_decay=0.9,
+            patch_embed_multiplier=0.2,
+            freeze_last_layer_steps=100,
+            part_clipnorm=3.0,
+        )
+    )
+    ```
+
+    Args:
+        learning_rate: Float, schedule, or callable without arguments.
+        weight_decay: Float or schedule.
+        beta_1: Float in [0, 1). Decay of the gradient's running mean.
+        beta_2: Float in [0, 1). Decay of the squared gradient's running mean.
+        epsilon: Positive float.
+        layerwise_decay: Float in (0, 1]. Factor of the rate from each block to the one before.
+        patch_embed_multiplier: Float of at least 0. Further factor of the patch embedding's rate.
+        head_multiplier: Float of at least 0. Factor of the heads' rate.
+        head_decay_multiplier: Float of at least 0. Factor of the heads' weight decay.
+        freeze_last_layer_steps: Int. Updates at the start in which the rate of the prototypes is 0.
+            Their gradients still count in the norm and in `m` and `v`.
+        part_clipnorm: Positive float. Largest norm of the gradients of a part, after accumulation.
+            `None`: no clipping by part.
+        log: If true, the logs of a `DINOv3` show `learning_rate`, `weight_decay` and, before
+            clipping, `backbone_gradient_norm`, `dino_head_gradient_norm` and
+            `ibot_head_gradient_norm`, all as of the last update.
+        **kwargs: Other arguments of `keras.optimizers.Optimizer`, such as
+            `gradient_accumulation_steps`.
+
+    Raises:
+        ValueError: If an argument is outside its range, or two ways of clipping are given.
+
+    Reference:
+        [Loshchilov & Hutter, 2019](https://arxiv.org/abs/1711.05101), algorithm 2;
+        [Kingma & Ba, 2015](https://arxiv.org/abs/1412.6980), algorithm 1;
+        [Siméoni et al., 2025](https://arxiv.org/abs/2508.10104) for the rules by place.
+    """
+
+    def __init__(
+        self,
+        learning_rate=1e-3,
+        weight_decay=0.04,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-8,
+        layerwise_decay=1.0,
+        patch_embed_multiplier=1.0,
+        head_multiplier=1.0,
+        head_decay_multiplier=1.0,
+        freeze_last_layer_steps=0,
+        part_clipnorm=None,
+        log=False,
+        **kwargs,
+    ):
+        if isinstance(learning_rate, numbers.Real):
+            learning_rate = float(learning_rate)
+        is_schedule = isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule)
+        if is_schedule or not callable(learning_rate):
+            check_range("learning_rate", learning_rate, low=0)
+        check_range("weight_decay", weight_decay, low=0)
+        check_range("beta_1", beta_1, low=0, below=1)
+        check_range("beta_2", beta_2, low=0, below=1)
+        check_range("epsilon", epsilon, above=0)
+        check_range("layerwise_decay", layerwise_decay, above=0, high=1)
+        check_range("patch_embed_multiplier", patch_embed_multiplier, low=0)
+        check_range("head_multiplier", head_multiplier, low=0)
+        check_range("head_decay_multiplier", head_decay_multiplier, low=0)
+        if not isinstance(freeze_last_layer_steps, int) or freeze_last_layer_steps < 0:
+            raise ValueError(
+                "`freeze_last_layer_steps` must be an integer of at least 0: it counts optimizer "
+                "updates, that is, epochs times updates per epoch. "
+                f"Received: freeze_last_layer_steps={freeze_last_layer_steps!r}."
+            )
+        if part_clipnorm is not None:
+            check_range("part_clipnorm", part_clipnorm, above=0)
+            others = {
+                name: kwargs.get(name) for name in ("clipnorm", "clipvalue", "global_clipnorm")
+            }
+            others = {name: value for name, value in others.items() if value is not None}
+            if others:
+                raise ValueError(
+                    "Gradients are clipped in one way only. Received: "
+                    f"part_clipnorm={part_clipnorm} and {others}. Leave one of them out."
+                )
+        super().__init__(learning_rate, **kwargs)
+        self.weight_decay = weight_decay
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.layerwise_decay = layerwise_decay
+        self.patch_embed_multiplier = patch_embed_multiplier
+        self.head_multiplier = head_multiplier
+        self.head_decay_multiplier = head_decay_multiplier
+        self.freeze_last_layer_steps = freeze_last_layer_steps
+        self.part_clipnorm = part_clipnorm
+        self.log = log
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self._means, self._squares = self.add_optimizer_variables(variables, ["mean", "square"])
+        self._parts = [role_of(variable).part for variable in variables]
+        self._multipliers = [self._multipliers_of(variable) for variable in variables]
+        self._log = {}
+        if self.log:
+            names = ["learning_rate", "weight_decay", *map(norm_name, dict.fromkeys(self._parts))]
+            for name in names:
+                self._log[name] = self.add_variable(
+                    (), dtype="float32", aggregation="only_first_replica", name=name
+                )
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Updates one weight and its moments.
+
+        Args:
+            gradient: Tensor shaped like `variable`.
+            variable: Weight the optimizer was built with.
+            learning_rate: The rate before multipliers, or the `Rates` of this update.
+        """
+        rates = learning_rate if isinstance(learning_rate, Rates) else self.rates(learning_rate)
+        rate, decay = rates.of(self.multipliers(variable))
+        rate, decay, mean_correction, square_correction = (
+            ops.cast(x, variable.dtype)
+            for x in (rate, decay, rates.mean_correction, rates.square_correction)
+        )
+        gradient = ops.cast(gradient, variable.dtype)
+        mean, square = self.moments(variable)
+        new_mean = mean + (gradient - mean) * (1 - self.beta_1)
+        new_square = square + (ops.square(gradient) - square) * (1 - self.beta_2)
+        self.assign(mean, new_mean)
+        self.assign(square, new_square)
+        # Numerator and denominator times `square_correction`: one pass over the weights less.
+        scale = ops.sqrt(new_square) + self.epsilon * square_correction
+        move = (rate * square_correction / mean_correction) * new_mean / scale
+        self.assign(variable, variable * (1 - rate * decay) - move)
+
+    def rates(self, learning_rate):
+        """The `Rates` of the next update, given its learning rate."""
+        step = self.iterations
+        rate = ops.cast(learning_rate, "float32")
+        count = ops.cast(step + 1, "float32")
+        return Rates(
+            rate,
+            ops.where(step < self.freeze_last_layer_steps, 0.0, rate),
+            value_at(self.weight_decay, step),
+            one_minus_power(self.beta_1, count),
+            ops.sqrt(one_minus_power(self.beta_2, count)),
+        )
+
+    def multipliers(self, variable):
+        """The `Multipliers` of a weight the optimizer was built with."""
+        return self._multipliers[self._get_variable_index(variable)]
+
+    def moments(self, variable):
+        """The variables that hold `m` and `v` of a weight."""
+        index = self._get_variable_index(variable)
+        return self._means[index], self._squares[index]
+
+    def logs(self):
+        """With `log=True`: what the last update was made with, a dict of float32 scalars."""
+        return {name: ops.copy(value) for name, value in self._log.items()} if self.built else {}
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "weight_decay": serialize(self.weight_decay),
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+            "layerwise_decay": self.layerwise_decay,
+            "patch_embed_multiplier": self.patch_embed_multiplier,
+            "head_multiplier": self.head_multiplier,
+            "head_decay_multiplier": self.head_decay_multiplier,
+            "freeze_last_layer_steps": self.freeze_last_layer_steps,
+            "part_clipnorm": self.part_clipnorm,
+            "log": self.log,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = {**config, "weight_decay": deserialize(config["weight_decay"])}
+        return super().from_config(config, custom_objects)
+
+    # Keras has no public place for these three: what must see the gradients of all weights after
+    # accumulation, a decay that differs by weight, and schedules that count updates.
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        gradients = [ops.convert_to_tensor(gradient) for gradient in grads]
+        rates = self.rates(learning_rate)
+        gradients = self._clip_parts(gradients, trainable_variables)
+        if self.log:
+            self._log["learning_rate"].assign(rates.rate)
+            self._log["weight_decay"].assign(rates.decay)
+        if not backend.update_together(self, gradients, trainable_variables, rates):
+            super()._backend_update_step(gradients, trainable_variables, rates)
+
+    def _apply_weight_decay(self, variables):
+        pass  # `update_step` does it
+
+    def _get_current_learning_rate(self):
+        if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+            return self._learning_rate(self.iterations)
+        return super()._get_current_learning_rate()
+
+    def _clip_parts(self, gradients, variables):
+        """The gradients, those of each part scaled to a norm of at most `part_clipnorm`."""
+        if self.part_clipnorm is None and not self.log:
+            return gradients
+        parts = {}
+        for position, variable in enumerate(variables):
+            part = self._parts[self._get_variable_index(variable)]
+            parts.setdefault(part, []).append(position)
+        clipped = list(gradients)
+        for part, positions in parts.items():
+            members = [gradients[position] for position in positions]
+            norm = backend.global_norm(members)
+            if self.log:
+                self._log[norm_name(part)].assign(norm)
+            if self.part_clipnorm is not None:
+                members = backend.scaled(
+                    members, ops.minimum(self.part_clipnorm / (norm + 1e-6), 1.0)
+                )
+                for position, member in zip(positions, members, strict=True):
+                    clipped[position] = member
+        return clipped
+
+    def _multipliers_of(self, variable):
+        role = role_of(variable)
+        rate, decay = self.layerwise_decay**role.depth, float(role.decays)
+        if role.kind == "patch_embed":
+            rate *= self.patch_embed_multiplier
+        if role.kind in ("head", "last_layer"):
+            rate *= self.head_multiplier
+            decay *= self.head_decay_multiplier
+        if not self._use_weight_decay(variable):  # the user's `exclude_from_weight_decay`
+            decay = 0.0
+        return Multipliers(rate, decay, role.kind == "last_layer")
+
+
+def scaled_learning_rate(learning_rate, batch_size, rule="sqrt_wrt_1024"):
+    """The learning rate for a batch size, from one that was found for another.
+
+    Args:
+        learning_rate: Float. The rate before scaling.
+        batch_size: Int, at least 1. Images in one optimizer update, over all devices and
+            micro-steps of gradient accumulation.
+        rule: `"sqrt_wrt_1024"` multiplies by `4 * sqrt(batch_size / 1024)`, which is 1 for 64
+            images; `"linear_wrt_256"` by `batch_size / 256`.
+
+    Returns:
+        Float.
+
+    Raises:
+        ValueError: If `rule` or `batch_size` is none of these.
+
+    Reference:
+        [Goyal et al., 2017](https://arxiv.org/abs/1706.02677), section 2.1, for the linear rule;
+        the other is that of the [DINOv3](https://arxiv.org/abs/2508.10104) training code.
+    """
+    if not isinstance(batch_size, numbers.Real) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1. Received: batch_size={batch_size!r}.")
+    rules = {
+        "sqrt_wrt_1024": 4 * math.sqrt(batch_size / 1024),
+        "linear_wrt_256": batch_size / 256,
+    }
+    if rule not in rules:
+        raise ValueError(f"`rule` must be one of {sorted(rules)}. Received: rule={rule!r}.")
+    return learning_rate * rules[rule]
+
+
+def role_of(variable):
+    """The `Role` of a weight; the default one if its model gave it none."""
+    return getattr(variable, "role", Role())
+
+
+def set_roles(backbone, extras, dino_head, ibot_head):
+    """Gives the weights of a student their `Role`."""
+    places = weight_places(backbone)
+    num_blocks = len(places["blocks"])
+    norms = [norm for norm in (extras.cls_norm, extras.local_cls_norm) if norm is not None]
+    norm_weights = [weight for norm in norms for weight in norm.weights]
+    tokens = [w for w in (extras.register_tokens, extras.mask_token) if w is not None]
+    depths = [
+        (places["tokens"] + tokens, num_blocks + 1, "plain"),
+        (places["patch_embed"], num_blocks + 1, "patch_embed"),
+        *((weights, num_blocks - i, "plain") for i, weights in enumerate(places["blocks"])),
+        (places["norm"] + norm_weights, 0, "plain"),
+    ]
+    for weights, depth, kind in depths:
+        for weight in weights:
+            weight.role = Role("backbone", depth, kind, is_matrix(weight))
+    for part, head in (("dino_head", dino_head), ("ibot_head", ibot_head)):
+        for weight in head.weights:
+            is_last = weight is head.prototypes.kernel
+            weight.role = Role(part, 0, "last_layer" if is_last else "head", is_matrix(weight))
+
+
+def is_matrix(weight):
+    """Whether a weight is no bias, norm or layer scale. Tokens have leading axes of length 1."""
+    return len(weight.shape) > 1 and weight.name != "bias"  # some biases have an axis of heads
+
+
+def norm_name(part):
+    """The name of the gradient norm of a part in the logs."""
+    return f"{part}_gradient_norm" if part else "gradient_norm"
+
+
+def one_minus_power(base, exponent):
+    """`1 - base ** exponent` without the cancellation that takes four digits of it for 0.999."""
+    if base == 0:
+        return ops.ones_like(exponent)
+    return -ops.expm1(exponent * math.log(base))
