@@ -153,8 +153,8 @@ class EncoderExtras(keras.layers.Layer):
                 variation["log_rescale"] = draws[4] * math.log(self.rope_rescale)
         return rope_tables(grid_size, head_dim, theta, periods, self.rope_normalize, **variation)
 
-    def left_behind(self, backbone):
-        """Names of what features at inference need and `backbone`'s class has no place for."""
+    def check_export(self, backbone):
+        """Raises if features at inference need what `backbone`'s class has no place for."""
         parts = parts_of(backbone)
         names = {
             "register tokens": self.num_register_tokens,
@@ -164,7 +164,14 @@ class EncoderExtras(keras.layers.Layer):
         if parts.rope_theta is not None:
             names["rope_normalize"] = self.rope_normalize != "separate"
             names["rope_periods"] = self.rope_periods is not None
-        return [name for name, is_needed in names.items() if is_needed]
+        needed = [name for name, is_needed in names.items() if is_needed]
+        if needed:
+            raise ValueError(
+                f"A Keras Hub `{type(backbone).__name__}` has no place for: {', '.join(needed)}. "
+                "Its features would differ. Keep the whole model (`model.save`) and use "
+                "`encode(model.teacher, images, extras=model.teacher_extras)`, or train without "
+                "them."
+            )
 
     def get_config(self):
         names = ("num_register_tokens", "untie_cls_norm", "untie_local_cls_norm", "norm")

@@ -220,7 +220,7 @@ def weight_places(backbone):
 
     Returns:
         Dict of lists of variables: `"tokens"` (class, register and mask, and learned positions),
-        `"patch_embed"`, `"norm"` (the final one), and `"blocks"`, which has one list for each block.
+        `"patch_embed"`, `"norm"` (the final one), and `"blocks"`, which has a list for each block.
     """
     parts = parts_of(backbone)
     places = {
@@ -243,6 +243,14 @@ def settle_positions(backbone):
     if isinstance(backbone, keras_hub.models.DINOV2Backbone):
         embeddings = backbone.embeddings
         embeddings.position_embeddings.assign(embeddings.interpolated_position_embeddings)
+
+
+def copy_of(backbone):
+    """A trainable backbone of its own with the same weights."""
+    copy = type(backbone).from_config({**backbone.get_config(), "trainable": True})
+    copy.set_weights(backbone.get_weights())
+    settle_positions(copy)
+    return copy
 
 
 def patch_size_of(backbone):

@@ -8,14 +8,15 @@ from keras_dinov3 import backend
 from keras_dinov3.batches import full_batches, inputs_of, is_arrays
 from keras_dinov3.callbacks import DataOrder, StopOnNonFinite, TeacherEMA
 from keras_dinov3.checks import check_batch, check_teacher_ema
+from keras_dinov3.families import settle_positions
 from keras_dinov3.schedules import is_zero
 
 
 class ImageModel(keras.Model):
     """The user's side of `DINOv3`: `fit` and its like, what the logs show, what is saved.
 
-    A subclass has `student`, `augmentation`, `teacher_ema`, `seed`, and a weight `step`; it calls
-    `make_logs` once and `watch` in each step.
+    A subclass has `student`, `teacher`, `augmentation`, `teacher_ema`, `seed`, and a weight
+    `step`; it calls `make_logs` once and `watch` in each step.
     """
 
     train_shapes = test_shapes = None  # of the arrays of a batch; known once data have been seen
@@ -201,6 +202,8 @@ class ImageModel(keras.Model):
         ], step
 
     def save_own_variables(self, store):
+        for backbone in (self.student, self.teacher):
+            settle_positions(backbone)  # Keras saves them after this
         super().save_own_variables(store)
         for index, state in enumerate(self.random_states):
             store[f"random_state_{index}"] = ops.convert_to_numpy(state)

@@ -11,7 +11,7 @@ from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.checks import check_settings, crops_of
 from keras_dinov3.encoder import encode, grid_of
 from keras_dinov3.extras import EncoderExtras
-from keras_dinov3.families import check_backbone, patch_size_of, settle_positions
+from keras_dinov3.families import check_backbone, copy_of, patch_size_of
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.image_model import ImageModel, spread
 from keras_dinov3.losses import dino_loss, ibot_loss, koleo_loss
@@ -365,20 +365,8 @@ class DINOv3(ImageModel):
         Raises:
             ValueError: If its features need what the backbone's class has no place for.
         """
-        left_behind = self.teacher_extras.left_behind(self.teacher)
-        if left_behind:
-            raise ValueError(
-                f"A Keras Hub `{type(self.teacher).__name__}` has no place for: "
-                f"{', '.join(left_behind)}. Its features would differ. Keep the whole model "
-                "(`model.save`) and use `encode(model.teacher, images, "
-                "extras=model.teacher_extras)`, or train without them."
-            )
+        self.teacher_extras.check_export(self.teacher)
         return copy_of(self.teacher)
-
-    def save_own_variables(self, store):
-        for backbone in (self.student, self.teacher):
-            settle_positions(backbone)  # Keras saves them after this
-        super().save_own_variables(store)
 
     def get_config(self):
         config = super().get_config()
@@ -410,10 +398,3 @@ ARGUMENTS = tuple(inspect.signature(DINOv3.__init__).parameters)[2:-1]  # after 
 def merge(x):
     """Merges the first two axes: crops of images become a plain batch."""
     return ops.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
-
-
-def copy_of(backbone):
-    copy = type(backbone).from_config({**backbone.get_config(), "trainable": True})
-    copy.set_weights(backbone.get_weights())
-    settle_positions(copy)
-    return copy

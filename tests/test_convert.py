@@ -303,6 +303,7 @@ def test_load_meta_knows_extras():
         hidden_dim=64,
         num_heads=4,
         intermediate_dim=128,
+        num_register_tokens=0,
         image_shape=(32, 32, 3),
         **{f"use_{name}_bias": False for name in biases},
     )

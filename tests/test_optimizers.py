@@ -126,8 +126,8 @@ def golden_crops(golden):
 
 
 def check_final_teacher(golden, model):
-    initial = vectors(golden_model(golden, "initial_student"), 1)
-    reference = vectors(golden_model(golden, "final_teacher"), 1)
+    initial = vectors(golden_model(golden, "initial_student"), "teacher")
+    reference = vectors(golden_model(golden, "final_teacher"), "teacher")
     assert set(initial) == set(golden.case["param_names"])
     for name, actual in vectors(model, "teacher").items():
         error = np.linalg.norm(actual - reference[name])
@@ -160,7 +160,7 @@ def test_golden_trajectory_by_train_on_batch(golden):
             bound = 2e-7 * reference.max()  # float32
             assert logs[name] == pytest.approx(reference[step], rel=0, abs=bound)
         for side in ("student", "teacher"):
-            now = vectors(model, int(side == "teacher"))
+            now = vectors(model, side)
             moved = [np.linalg.norm(now[n] - initial[n]) for n in golden.case["param_names"]]
             reference = golden[f"out/{side}_delta_norms"][step]
             # At step 0 nothing moves, but for the rounding of the reference's average.
