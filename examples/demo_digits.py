@@ -100,10 +100,10 @@ def build_model(num_steps, seed):
         seed=seed,
     )
     model.compile(
-        keras.optimizers.AdamW(
+        kd.AdamW(
             kd.WarmupCosine(2e-3, num_steps, warmup_steps=num_steps // 20, end=2e-5),
             weight_decay=0.04,
-            clipnorm=3.0,
+            part_clipnorm=3.0,
         ),
         jit_compile=keras.config.backend() == "jax",
     )

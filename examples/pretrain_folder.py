@@ -154,7 +154,7 @@ def compile_model(model, learning_rate, total_steps):
     momentum = min(max(1 - 100 / total_steps, 0.9), 0.994)
     model.teacher_ema = kd.callbacks.TeacherEMA(kd.WarmupCosine(momentum, total_steps, end=1.0))
     schedule = kd.WarmupCosine(learning_rate, total_steps, warmup_steps=total_steps // 10)
-    model.compile(keras.optimizers.AdamW(schedule, weight_decay=0.04, clipnorm=3.0))
+    model.compile(kd.AdamW(schedule, weight_decay=0.04, part_clipnorm=3.0))
 
 
 class Checkpoint(keras.callbacks.Callback):

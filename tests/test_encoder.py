@@ -252,6 +252,15 @@ def test_golden_rope_tables():
     assert checked == 34
 
 
+def test_golden_rope_of_the_reference_trainer():
+    """It computes the tables in bfloat16; ours, in float32, lie within that rounding."""
+    golden = Golden("fb_rope")
+    h = golden.hyperparameters
+    sin, cos = rope.rope_tables((2, 6), h["D_head"], h["base"])
+    golden.check(sin, "bf16/separate/plain/2x6/sin", atol=2e-2)
+    golden.check(cos, "bf16/separate/plain/2x6/cos", atol=2e-2)
+
+
 def test_golden_rope_rotation():
     golden = Golden("fb_rope")
     h = golden.hyperparameters

@@ -186,6 +186,37 @@ def test_golden_trajectory_by_fit(golden):
     check_final_teacher(golden, model)
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_golden_rate_of_a_frozen_last_layer(version):
+    golden = Golden("fb_schedules")
+    settings = golden.hyperparameters[f"build_schedulers_{version}"]
+    epochs, length = settings["optim"]["epochs"], settings["train"]["OFFICIAL_EPOCH_LENGTH"]
+    lr = settings["optim"] if version == "v1" else settings["schedules"]["lr"]
+    peak, end = (lr["lr"], 1e-6) if version == "v1" else (lr["peak"], lr["end"])
+    if version == "v2":
+        batch_size = settings["train"]["batch_size_per_gpu"]
+        peak, end = (kd.scaled_learning_rate(x, batch_size) for x in (peak, end))
+    is_old = version == "v1"
+    schedule = kd.WarmupCosine.from_epochs(
+        peak,
+        epochs,
+        length,
+        warmup_epochs=lr["warmup_epochs"],
+        end=end,
+        warmup_reaches_peak=is_old,
+        cosine_reaches_end=not is_old,
+    )
+    optimizer = kd.AdamW(schedule, freeze_last_layer_steps=lr["freeze_last_layer_epochs"] * length)
+    optimizer.build([keras.Variable(np.zeros(2, "float32"))])
+    rates = []
+    for step in range(epochs * length):
+        optimizer.iterations.assign(step)
+        rates.append(float(optimizer.rates(schedule(step)).last_layer_rate))
+    expected = golden[f"build_schedulers_{version}/last_layer_lr_f64"]
+    close(np.array(rates), expected, 2e-7, 0)  # float32, as in the step
+    assert np.sum(expected == 0) >= 10
+
+
 def test_multipliers_are_those_of_the_reference(golden):
     optimizer, _ = golden_settings(golden)
     model = golden_model(golden, "initial_student")
