@@ -2,13 +2,13 @@
 
 import copy
 import itertools
-import random
 
 import keras
 import numpy as np
 
 from keras_dinov3 import backend
 from keras_dinov3.checks import as_numpy
+from keras_dinov3.data import ShuffledBatches
 
 
 def full_batches(data, batch_size=None, shuffle=False, seed=None):
@@ -188,14 +188,10 @@ def empty(data):
     )
 
 
-class ArrayBatches(keras.utils.PyDataset):
-    """Full batches of an array, or of a dict of arrays; the images left over change by epoch.
-
-    The order is a function of `seed` and `position`, which `fit` sets at the start of an epoch.
-    """
+class ArrayBatches(ShuffledBatches):
+    """Full batches of an array, or of a dict of arrays; the images left over change by epoch."""
 
     def __init__(self, arrays, batch_size, shuffle, seed):
-        super().__init__()
         sizes = {len(array) for array in keras.tree.flatten(arrays)}
         if len(sizes) > 1:
             raise ValueError(
@@ -207,23 +203,9 @@ class ArrayBatches(keras.utils.PyDataset):
             raise ValueError(
                 f"`batch_size` must be an integer of at least 1. Received: {batch_size!r}."
             )
+        super().__init__(sizes.pop(), shuffle, seed)
         self.arrays = keras.tree.map_structure(as_numpy, arrays)
-        self.count = sizes.pop()
         self.batch_size = min(batch_size, self.count)
-        self.shuffle = shuffle
-        self.seed = random.randrange(2**31) if seed is None else seed
-        self.position = 0
-
-    @property
-    def position(self):
-        return self._position
-
-    @position.setter
-    def position(self, position):
-        self._position = position
-        self.order = np.arange(self.count)
-        if self.shuffle:
-            self.order = np.random.default_rng((self.seed, position)).permutation(self.order)
 
     def __len__(self):
         return self.count // self.batch_size

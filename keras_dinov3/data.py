@@ -101,7 +101,32 @@ def image_folder(
     )
 
 
-class ImageBatches(keras.utils.PyDataset):
+class ShuffledBatches(keras.utils.PyDataset):
+    """Batches whose `order` is a function of `seed` and `position`, the steps made before."""
+
+    def __init__(self, count, shuffle, seed, **kwargs):
+        super().__init__(**kwargs)
+        self.count = count
+        self.shuffle = shuffle
+        self.seed = random.randrange(2**31) if seed is None else seed
+        self.position = 0
+
+    @property
+    def position(self):
+        return self._position
+
+    @position.setter
+    def position(self, position):
+        self._position = position
+        self.order = np.arange(self.count)
+        if self.shuffle:
+            self.order = np.random.default_rng((self.seed, position)).permutation(self.order)
+
+    def on_epoch_end(self):
+        self.position += len(self)
+
+
+class ImageBatches(ShuffledBatches):
     """Batches of image files: uint8 `(B, H, W, 3)`, or `(images, labels)`.
 
     `image_folder` makes one of a folder; make one yourself for files listed in another way.
@@ -154,7 +179,7 @@ class ImageBatches(keras.utils.PyDataset):
         num_threads=None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(len(files), shuffle, seed, **kwargs)
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1. Received: {batch_size}.")
         if len(files) < (batch_size if drop_remainder else 1):
@@ -172,27 +197,10 @@ class ImageBatches(keras.utils.PyDataset):
         self.batch_size = batch_size
         self.labels = None if labels is None else np.asarray(labels, "int32")
         self.class_names = class_names
-        self.shuffle = shuffle
-        self.seed = random.randrange(2**31) if seed is None else seed
         self.drop_remainder = drop_remainder
         self.images = images
         self.unreadable = {} if unreadable is None else unreadable
         self.num_threads = num_threads
-        self.position = 0
-
-    @property
-    def position(self):
-        return self._position
-
-    @position.setter
-    def position(self, position):
-        self._position = position
-        self._order = np.arange(len(self.files))
-        if self.shuffle:
-            self._order = np.random.default_rng((self.seed, position)).permutation(self._order)
-
-    def on_epoch_end(self):
-        self.position += len(self)
 
     @property
     def num_batches(self):
@@ -205,7 +213,7 @@ class ImageBatches(keras.utils.PyDataset):
     def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} batches. Received: index={index}.")
-        members = self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        members = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         if self.images is not None:
             images = [self.images[member] for member in members]
         else:

@@ -21,11 +21,7 @@ def small_backbone(**config):
         "layer_scale_init_value": 0.5,
         **config,
     }
-    backbone = keras_hub.models.DINOV3Backbone(**config)
-    rng = np.random.default_rng(0)
-    for variable in backbone.trainable_variables:
-        variable.assign(numpy(variable) + rng.normal(size=variable.shape) * 0.1)
-    return backbone
+    return randomized(keras_hub.models.DINOV3Backbone(**config))
 
 
 def images(*shape, seed=0):
