@@ -242,7 +242,9 @@ def settle_positions(backbone):
     """
     if isinstance(backbone, keras_hub.models.DINOV2Backbone):
         embeddings = backbone.embeddings
-        embeddings.position_embeddings.assign(embeddings.interpolated_position_embeddings)
+        trained = embeddings.interpolated_position_embeddings
+        # A copy: JAX gives a step's buffers away, and cannot do so twice with one.
+        embeddings.position_embeddings.assign(ops.copy(trained))
 
 
 def copy_of(backbone):

@@ -144,6 +144,8 @@ def test_dinov2_trains_and_exports(tmp_path):
         keras.optimizers.AdamW(1e-2), backbone=backbone, teacher_ema=kd.callbacks.TeacherEMA(0.5)
     )
     model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0)
+    model.save(tmp_path / "before.keras")
+    model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0)  # saving leaves it trainable
     x = tiny.images(2, 32, 32, dtype="float32")
     expected = numpy(kd.encode(model.teacher, ops.convert_to_tensor(x)).cls)
     model.save(tmp_path / "model.keras")
