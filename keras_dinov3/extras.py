@@ -3,6 +3,7 @@
 import math
 
 import keras
+from keras import ops
 
 from keras_dinov3.families import parts_of
 from keras_dinov3.rope import rope_periods, rope_tables
@@ -23,7 +24,7 @@ class EncoderExtras(keras.layers.Layer):
         untie_local_cls_norm: If true, those of local crops have one in training; never else.
         norm: `"layer"`, or `"rms"` for RMSNorm in all places: `x / sqrt(mean(x**2) + epsilon) *
             gamma`. The betas of the backbone are then unused.
-        layer_scale: If false, the backbone's layer scale is unused.
+        layer_scale: If false, the backbone's layer scales are set to 1 and stay so.
         rope_normalize: What divides the patch centres of both axes: each axis's own length
             (`"separate"`), or the longer (`"max"`) or shorter (`"min"`) of the two.
         rope_periods: `(min, max)`: geometric periods between them. `None`: from the backbone's
@@ -96,7 +97,7 @@ class EncoderExtras(keras.layers.Layer):
         """Makes the weights that `backbone`'s class has no place for; returns the layer.
 
         New norms start as a copy of the backbone's final norm. Parts of the backbone that these
-        settings leave unused are frozen.
+        settings leave unused are frozen, layer scales at 1, so that an export has none either.
         """
         parts, width = parts_of(backbone), backbone.hidden_dim
         if self.num_register_tokens and parts.register_tokens is not None:
@@ -127,7 +128,9 @@ class EncoderExtras(keras.layers.Layer):
             for layer in parts.blocks:
                 for name in ("layer_scale1", "layer_scale2"):
                     if hasattr(layer, name):
-                        getattr(layer, name).trainable = False
+                        scale = getattr(layer, name)
+                        scale.trainable = False
+                        scale.lambda1.assign(ops.ones_like(scale.lambda1))
         self.built = True
         return self
 

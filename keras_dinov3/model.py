@@ -385,9 +385,7 @@ class DINOv3(ImageModel):
         }
         settings = {key: value for key, value in config.items() if key != "frozen"}
         model = cls(**{**settings, **objects})
-        for index in config[
-            "frozen"
-        ]:  # parts of the backbone; Keras keeps only whether all of it is
+        for index in config["frozen"]:  # Keras itself keeps only whether the whole backbone is
             model.student.weights[index].trainable = False
         return model
 

@@ -326,16 +326,12 @@ def test_extras_train_move_and_are_saved(tmp_path):
     )
     model = tiny.model(extras=extras)
     before = [weights_of([side]) for side in (model.student_extras, model.teacher_extras)]
-    scale = numpy(model.student.encoder.layers[0].layer_scale1.lambda1).copy()
     model.train_on_batch(tiny.images())
     after = [weights_of([side]) for side in (model.student_extras, model.teacher_extras)]
     for old, new in zip(before, after, strict=True):
         moved = {len(w) for w, v in zip(old, new, strict=True) if not np.array_equal(w, v)}
         assert len(new) == 4 and moved == {32}  # two norms, of which gamma trains
         assert sum(np.array_equal(w, v) for w, v in zip(old, new, strict=True)) == 2
-    np.testing.assert_array_equal(
-        numpy(model.student.encoder.layers[0].layer_scale1.lambda1), scale
-    )
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     batch = tiny.images(seed=5)
@@ -343,6 +339,17 @@ def test_extras_train_move_and_are_saved(tmp_path):
     assert loaded.train_on_batch(batch, return_dict=True) == expected
     with pytest.raises(ValueError, match="untied norm of class tokens, RMSNorm, rope_periods"):
         model.export_backbone()
+
+
+def test_export_without_layer_scale():
+    """The Hub's class always has layer scales: those of the export are 1."""
+    extras = kd.EncoderExtras(layer_scale=False, rope_shift=0.1)
+    model = tiny.model(backbone=tiny.backbone(layer_scale_init_value=0.5), extras=extras)
+    scales = [layer.layer_scale1.lambda1 for layer in model.student.encoder.layers]
+    assert not any(scale.trainable for scale in scales)
+    x = tiny.images(2, *tiny.GLOBAL, dtype="float32")
+    expected = kd.encode(model.teacher, ops.convert_to_tensor(x), extras=model.teacher_extras).cls
+    close(model.export_backbone()({"pixel_values": x})[:, 0], numpy(expected), 0, 1e-5)
 
 
 def test_evaluate_changes_nothing(trained):
