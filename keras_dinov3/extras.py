@@ -130,7 +130,7 @@ class EncoderExtras(keras.layers.Layer):
                     if hasattr(layer, name):
                         scale = getattr(layer, name)
                         scale.trainable = False
-                        scale.lambda1.assign(ops.ones_like(scale.lambda1))
+                        scale.lambda1.assign(ops.ones(scale.lambda1.shape))
         self.built = True
         return self
 
