@@ -5,7 +5,7 @@ import math
 import keras
 
 from keras_dinov3.evaluation import FeatureExtractor, knn_accuracy
-from keras_dinov3.schedules import check_range
+from keras_dinov3.schedules import check_count, check_range
 
 
 @keras.saving.register_keras_serializable(package="keras_dinov3")
@@ -92,9 +92,8 @@ class KNN(keras.callbacks.Callback):
         super().__init__()
         if every < 1:
             raise ValueError(f"`every` must be at least 1 epoch. Received: every={every}.")
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"`k` must be an integer of at least 1. Received: k={k!r}.")
-        check_range("temperature", temperature, above=0)
+        check_count("k", k, at_least=1)
+        check_range("temperature", temperature, above=0, scheduled=False)
         if feature not in ("cls", "mean_patch", "cls_mean_patch"):
             raise ValueError(
                 '`feature` must be "cls", "mean_patch" or "cls_mean_patch". '

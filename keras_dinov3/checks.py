@@ -7,7 +7,7 @@ from keras_dinov3.encoder import grid_of
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import channels_of, check_backbone, patch_size_of
 from keras_dinov3.masking import BlockMasking, RandomMasking
-from keras_dinov3.schedules import check_range, is_zero
+from keras_dinov3.schedules import check_range, is_count, is_zero
 from keras_dinov3.targets import SoftmaxCentering
 
 COUNTS = ("num_prototypes", "num_patch_prototypes", "head_hidden_dim", "head_bottleneck_dim")
@@ -23,8 +23,7 @@ def check_settings(model):
     student = model.student
     for name in COUNTS:
         value = getattr(model, name)
-        is_count = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not (is_count and value >= 1) and not (value is None and name in OPTIONAL):
+        if not is_count(value, at_least=1) and not (value is None and name in OPTIONAL):
             raise ValueError(
                 f"`{name}` must be an integer of at least 1{', or None' * (name in OPTIONAL)}. "
                 f"Received: {name}={value!r}."
@@ -44,7 +43,7 @@ def check_settings(model):
         check_range(name, getattr(model, name), low=0)
     if all(is_zero(getattr(model, name)) for name in WEIGHTS):
         raise ValueError(f"At least one loss must have a weight. Received: 0 for all of {WEIGHTS}.")
-    check_range("drop_path_rate", model.drop_path_rate, low=0, below=1)
+    check_range("drop_path_rate", model.drop_path_rate, low=0, below=1, scheduled=False)
     if model.centering != "sinkhorn_knopp" and not isinstance(model.centering, SoftmaxCentering):
         raise ValueError(
             '`centering` must be "sinkhorn_knopp" or a `SoftmaxCentering` layer. '

@@ -60,6 +60,12 @@ def parser():
         "--num-heads", type=int, help="attention heads, which files of meta do not tell"
     )
     command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="dtype of the written weights; training needs float32. Default: %(default)s",
+    )
+    command.add_argument(
         "--part",
         choices=convert.SIDES,
         default="teacher",
@@ -111,22 +117,24 @@ def kind_of(source):
 
 def read_backbone(source, kind, arguments):
     if kind == "huggingface":
-        return convert.backbone_from_huggingface(source)
+        return convert.backbone_from_huggingface(source, dtype=arguments.dtype)
     if kind == "keras":
-        return read_preset(source)
+        return read_preset(source, arguments.dtype)
     if arguments.num_heads is None:
         raise ValueError(
             "Weights in Meta's format do not tell the number of attention heads. Give it by "
             "`--num-heads`: 6 for ViT-S, 12 for ViT-B, 16 for ViT-L, 20 for ViT-H+, 32 for ViT-7B."
         )
     weights = convert.read_weights(source)
-    return convert.backbone_from_meta(weights, arguments.num_heads, part=arguments.part)
+    return convert.backbone_from_meta(
+        weights, arguments.num_heads, arguments.part, dtype=arguments.dtype
+    )
 
 
-def read_preset(folder):
+def read_preset(folder, dtype):
     try:
         # An absolute path is never taken for the name of a preset to download.
-        return keras_hub.models.DINOV3Backbone.from_preset(str(folder.resolve()))
+        return keras_hub.models.DINOV3Backbone.from_preset(str(folder.resolve()), dtype=dtype)
     except Exception as error:  # whatever damaged JSON and HDF5 lead to
         raise ValueError(
             f"{folder} is no readable Keras Hub preset of a `DINOV3Backbone`: {error}"

@@ -1,5 +1,6 @@
 """DINOv3 weights as Meta and Hugging Face store them, to Keras Hub backbones and back."""
 
+import inspect
 import json
 import math
 import pathlib
@@ -21,6 +22,7 @@ from keras_dinov3 import backend
 from keras_dinov3.extras import RMS
 from keras_dinov3.model import DINOv3
 from keras_dinov3.rope import rope_periods
+from keras_dinov3.schedules import is_count
 
 # Meta's and Hugging Face's checkpoints
 
@@ -177,7 +179,7 @@ def backbone_from_huggingface(folder, **config):
 def backbone_to_huggingface(backbone, folder):
     """Writes a backbone as a folder that Hugging Face's `DINOv3ViTModel.from_pretrained` reads.
 
-    Arrays that came from there return with the same bytes.
+    Arrays that came from there return with the same bytes, if `dtype` kept theirs.
 
     Args:
         backbone: `keras_hub.models.DINOV3Backbone`. A mask token that it has not is left out;
@@ -600,8 +602,7 @@ def meta_config(arrays, num_heads):
             "These are no DINOv3 backbone weights in Meta's names (cls_token, "
             f"blocks.0.norm1.weight, ...). Received {len(arrays)} arrays: {shown}, ..."
         )
-    is_count = isinstance(num_heads, int) and not isinstance(num_heads, bool)
-    if not is_count or num_heads < 1 or width % (4 * num_heads):
+    if not is_count(num_heads, at_least=1) or width % (4 * num_heads):
         raise ValueError(
             "`num_heads` must be an integer of at least 1, and 4 * `num_heads` a divisor of the "
             f"width {width} of these weights. Received: num_heads={num_heads!r}."
@@ -755,7 +756,7 @@ def add(arrays, name, array):
 ROUNDING = 0.02  # relative: periods may come in bfloat16, some of it computed
 # Buffers that say nothing that is not known without them.
 OPTIONAL = ("rope_embed.periods", HUGGINGFACE["registers"])
-# What is wrong, a pattern of names, and why.
+# What is wrong, a pattern of names, and why; of what is missing, only if none are there.
 REASONS = (
     (
         "unknown",
@@ -765,7 +766,7 @@ REASONS = (
     ),
     (
         "missing",
-        r"norm\d?\.bias$",
+        r"(^|\.)norm\d?\.bias$",
         'The Hub\'s norms have a bias, which RMSNorm has not: `EncoderExtras(norm="rms")`.',
     ),
     (
@@ -781,14 +782,28 @@ REASONS = (
     (
         "of another shape, of another value",
         r"rope_embed\.periods$",
-        "Periods must be `rope_theta ** (4 * i / head_dim)` for `i < head_dim / 4`, where "
-        "`head_dim` is the width divided by `num_heads`.",
+        "Periods must be those of the settings: `rope_theta ** (4 * i / head_dim)` for "
+        "`i < head_dim / 4`, where `head_dim` is the width divided by `num_heads`, or between the "
+        "two of `EncoderExtras(rope_periods=...)`.",
     ),
 )
 
 
 def new_backbone(arrays, found, config, make_places, make_buffers, what):
     """Builds a backbone of `config`, else of what was `found`, once all arrays are known to fit."""
+    known = [*inspect.signature(keras_hub.models.DINOV3Backbone).parameters, "trainable"]
+    unknown = [name for name in config if name not in known]
+    if unknown:  # the Hub's class takes them in silence
+        raise ValueError(
+            f"Arguments of `DINOV3Backbone` must be among {', '.join(known)}. Received: "
+            f"{', '.join(unknown)}."
+        )
+    shape = config.get("image_shape", (1, 1, 1))
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise ValueError(
+            "`image_shape` must be three integers, (height, width, channels) in pixels. "
+            f"Received: image_shape={shape!r}."
+        )
     size, num_channels = found.pop("image_size"), found.pop("num_channels")
     config = {**found, **config}
     is_first = is_channels_first(config)
@@ -825,14 +840,16 @@ def check(arrays, places, buffers, what):
     found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if not found:
         return
+
+    def explains(kind, pattern):
+        if kind == "missing" and any(re.search(pattern, name) for name in arrays):
+            return False
+        return any(re.search(pattern, item.split(" ")[0]) for item in problems[kind])
+
     reasons = [
         reason
         for kinds, pattern, reason in REASONS
-        if any(
-            re.search(pattern, item.split(" ")[0])
-            for k in kinds.split(", ")
-            for item in problems[k]
-        )
+        if any(explains(kind, pattern) for kind in kinds.split(", "))
     ]
     raise ValueError(
         f"The weights must be those of {what}; nothing was loaded. "

@@ -1,6 +1,5 @@
 """A vision transformer forward pass over the weights of a Keras Hub backbone."""
 
-import numbers
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from keras_dinov3.extras import LAYER, EncoderExtras
 from keras_dinov3.families import channels_of, parts_of, patch_size_of
 from keras_dinov3.image_ops import resize
 from keras_dinov3.rope import apply_rope, signed_rope
+from keras_dinov3.schedules import is_count
 
 NO_EXTRAS = EncoderExtras()
 
@@ -96,15 +96,15 @@ def encode_layers(backbone, images, layers=1, as_grid=False, normalize=True, ext
     """
     parts, extras = parts_of(backbone), extras or NO_EXTRAS
     count = len(parts.blocks)
-    if isinstance(layers, numbers.Integral):
-        wanted = list(range(count - layers, count)) if 1 <= layers <= count else None
+    is_list = isinstance(layers, (list, tuple, range)) and len(layers)
+    if is_count(layers, at_least=1) and layers <= count:
+        wanted = range(count - layers, count)
+    elif is_list and all(is_count(layer, -count) and layer < count for layer in layers):
+        wanted = [layer % count for layer in layers]
     else:
-        wanted = [layer + count if layer < 0 else layer for layer in layers]
-        wanted = wanted if wanted and all(0 <= layer < count for layer in wanted) else None
-    if wanted is None:
         raise ValueError(
             f"`layers` must be a number of blocks from 1 to {count}, or a list of blocks from 0 to "
-            f"{count - 1}. Received: layers={layers}."
+            f"{count - 1}. Received: layers={layers!r}."
         )
     x, grid_size, num_prefix = embed(backbone, parts, images, None, extras)
     blocks = run_blocks(x, backbone, parts, grid_size, num_prefix, False, 0.0, None, extras)

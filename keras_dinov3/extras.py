@@ -1,12 +1,14 @@
 """What encoders can have beyond the Keras Hub class of their backbone: `EncoderExtras`."""
 
 import math
+import numbers
 
 import keras
 from keras import ops
 
 from keras_dinov3.families import parts_of
 from keras_dinov3.rope import rope_periods, rope_tables
+from keras_dinov3.schedules import check_count, check_range
 
 LAYER, RMS = "layer", "rms"  # kinds of norm
 
@@ -60,26 +62,22 @@ class EncoderExtras(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(num_register_tokens, int) or num_register_tokens < 0:
-            raise ValueError(
-                "`num_register_tokens` must be an integer of at least 0. "
-                f"Received: {num_register_tokens=}."
-            )
+        check_count("num_register_tokens", num_register_tokens)
         if norm not in (LAYER, RMS):
             raise ValueError(f'`norm` must be "layer" or "rms". Received: {norm=}.')
         if rope_normalize not in ("separate", "max", "min"):
             raise ValueError(
                 f'`rope_normalize` must be "separate", "max" or "min". Received: {rope_normalize=}.'
             )
-        if rope_periods is not None and not 0 < rope_periods[0] < rope_periods[1]:
+        if rope_periods is not None and not is_interval(rope_periods):
             raise ValueError(
-                f"`rope_periods` must be (min, max) with 0 < min < max. Received: {rope_periods=}."
+                "`rope_periods` must be two numbers (min, max) with 0 < min < max. "
+                f"Received: {rope_periods=}."
             )
-        if rope_shift is not None and not rope_shift > 0:
-            raise ValueError(f"`rope_shift` must be positive, or None. Received: {rope_shift=}.")
-        for name, value in (("rope_jitter", rope_jitter), ("rope_rescale", rope_rescale)):
-            if value is not None and not value > 1:
-                raise ValueError(f"`{name}` must be above 1, or None. Received: {name}={value}.")
+        strengths = (("rope_shift", rope_shift, 0), ("rope_jitter", rope_jitter, 1))
+        for name, value, least in (*strengths, ("rope_rescale", rope_rescale, 1)):
+            if value is not None:
+                check_range(name, value, above=least, below=math.inf, scheduled=False)
         self.num_register_tokens = num_register_tokens
         self.untie_cls_norm = untie_cls_norm
         self.untie_local_cls_norm = untie_local_cls_norm
@@ -100,6 +98,12 @@ class EncoderExtras(keras.layers.Layer):
         settings leave unused are frozen, layer scales at 1, so that an export has none either.
         """
         parts, width = parts_of(backbone), backbone.hidden_dim
+        if parts.rope_theta is None and self.changes_rope:
+            raise ValueError(
+                "The `rope_...` settings of `EncoderExtras` are for backbones with rotary "
+                f"positions: `DINOV3Backbone`. Received: {', '.join(self.changes_rope)}, and a "
+                f"`{type(backbone).__name__}`, whose positions are learned."
+            )
         if self.num_register_tokens and parts.register_tokens is not None:
             raise ValueError(
                 "`num_register_tokens` of `EncoderExtras` is for backbones without registers. "
@@ -135,6 +139,13 @@ class EncoderExtras(keras.layers.Layer):
         return self
 
     @property
+    def changes_rope(self):
+        """Names of the settings of rotary positions that are not the defaults."""
+        names = ("rope_periods", "rope_shift", "rope_jitter", "rope_rescale")
+        names = [name for name in names if getattr(self, name) is not None]
+        return names + ["rope_normalize"] * (self.rope_normalize != "separate")
+
+    @property
     def varies_rope(self):
         """Whether rotary positions are varied in training."""
         return any(x is not None for x in (self.rope_shift, self.rope_jitter, self.rope_rescale))
@@ -158,15 +169,13 @@ class EncoderExtras(keras.layers.Layer):
 
     def check_export(self, backbone):
         """Raises if features at inference need what `backbone`'s class has no place for."""
-        parts = parts_of(backbone)
         names = {
             "register tokens": self.num_register_tokens,
             "untied norm of class tokens": self.untie_cls_norm,
             "RMSNorm": self.norm == RMS,
+            "rope_normalize": self.rope_normalize != "separate",
+            "rope_periods": self.rope_periods is not None,
         }
-        if parts.rope_theta is not None:
-            names["rope_normalize"] = self.rope_normalize != "separate"
-            names["rope_periods"] = self.rope_periods is not None
         needed = [name for name, is_needed in names.items() if is_needed]
         if needed:
             raise ValueError(
@@ -180,3 +189,13 @@ class EncoderExtras(keras.layers.Layer):
         names = ("num_register_tokens", "untie_cls_norm", "untie_local_cls_norm", "norm")
         names += ("layer_scale", "rope_normalize", "rope_periods", "rope_shift", "rope_jitter")
         return {**super().get_config(), **{n: getattr(self, n) for n in (*names, "rope_rescale")}}
+
+
+def is_interval(value):
+    """Whether a value is two finite positive numbers, the smaller first."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return (
+        is_pair
+        and all(isinstance(number, numbers.Real) for number in value)
+        and 0 < value[0] < value[1] < math.inf
+    )

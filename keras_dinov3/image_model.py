@@ -8,7 +8,6 @@ from keras_dinov3 import backend
 from keras_dinov3.batches import full_batches, inputs_of, is_arrays
 from keras_dinov3.callbacks import DataOrder, StopOnNonFinite, TeacherEMA
 from keras_dinov3.checks import check_batch, check_teacher_ema
-from keras_dinov3.families import settle_positions
 from keras_dinov3.schedules import is_zero
 
 
@@ -202,8 +201,6 @@ class ImageModel(keras.Model):
         ], step
 
     def save_own_variables(self, store):
-        for backbone in (self.student, self.teacher):
-            settle_positions(backbone)  # Keras saves them after this
         super().save_own_variables(store)
         for index, state in enumerate(self.random_states):
             store[f"random_state_{index}"] = ops.convert_to_numpy(state)

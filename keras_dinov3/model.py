@@ -11,7 +11,7 @@ from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.checks import check_settings, crops_of
 from keras_dinov3.encoder import encode, grid_of
 from keras_dinov3.extras import EncoderExtras
-from keras_dinov3.families import check_backbone, copy_of, patch_size_of
+from keras_dinov3.families import check_backbone, copy_of, patch_size_of, settle_positions
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.image_model import ImageModel, spread
 from keras_dinov3.losses import dino_loss, ibot_loss, koleo_loss
@@ -274,6 +274,7 @@ class DINOv3(ImageModel):
 
     def update_teacher(self, ticks):
         """Moves the teacher by `teacher_ema` and counts the step; `ticks` is 1, or 0 to rest."""
+        settle_positions(self.student)  # it is the user's, who may save it at any time
         if self.teacher_ema is not None:
             momentum = value_at(self.teacher_ema.momentum, self.step)
             momentum = ops.where(ticks > 0, momentum, 1.0)

@@ -9,7 +9,13 @@ from keras import ops
 
 from keras_dinov3 import backend
 from keras_dinov3.families import weight_places
-from keras_dinov3.schedules import check_range, deserialize, serialize, value_at
+from keras_dinov3.schedules import (
+    check_range,
+    check_steps,
+    deserialize,
+    serialize,
+    value_at,
+)
 
 
 class Role(NamedTuple):
@@ -77,6 +83,9 @@ class AdamW(keras.optimizers.Optimizer):
     All that holds for the weights of a `DINOv3`, which tells each its `Role`. Elsewhere this is a
     plain AdamW with all multipliers 1, and all weights are one part. Its epsilon stands where
     Kingma & Ba have it, not where `keras.optimizers.AdamW` has.
+
+    `exclude_from_weight_decay` works, but as with all Keras optimizers it is not saved: call it
+    again after `load_model`.
 
     Schedules count updates, also under `gradient_accumulation_steps`, where those of Keras's own
     optimizers count batches.
@@ -146,21 +155,16 @@ class AdamW(keras.optimizers.Optimizer):
         if is_schedule or not callable(learning_rate):
             check_range("learning_rate", learning_rate, low=0)
         check_range("weight_decay", weight_decay, low=0)
-        check_range("beta_1", beta_1, low=0, below=1)
-        check_range("beta_2", beta_2, low=0, below=1)
-        check_range("epsilon", epsilon, above=0)
-        check_range("layerwise_decay", layerwise_decay, above=0, high=1)
-        check_range("patch_embed_multiplier", patch_embed_multiplier, low=0)
-        check_range("head_multiplier", head_multiplier, low=0)
-        check_range("head_decay_multiplier", head_decay_multiplier, low=0)
-        if not isinstance(freeze_last_layer_steps, int) or freeze_last_layer_steps < 0:
-            raise ValueError(
-                "`freeze_last_layer_steps` must be an integer of at least 0: it counts optimizer "
-                "updates, that is, epochs times updates per epoch. "
-                f"Received: freeze_last_layer_steps={freeze_last_layer_steps!r}."
-            )
+        check_range("beta_1", beta_1, low=0, below=1, scheduled=False)
+        check_range("beta_2", beta_2, low=0, below=1, scheduled=False)
+        check_range("epsilon", epsilon, above=0, scheduled=False)
+        check_range("layerwise_decay", layerwise_decay, above=0, high=1, scheduled=False)
+        check_range("patch_embed_multiplier", patch_embed_multiplier, low=0, scheduled=False)
+        check_range("head_multiplier", head_multiplier, low=0, scheduled=False)
+        check_range("head_decay_multiplier", head_decay_multiplier, low=0, scheduled=False)
+        check_steps("freeze_last_layer_steps", freeze_last_layer_steps)
         if part_clipnorm is not None:
-            check_range("part_clipnorm", part_clipnorm, above=0)
+            check_range("part_clipnorm", part_clipnorm, above=0, scheduled=False)
             others = {
                 name: kwargs.get(name) for name in ("clipnorm", "clipvalue", "global_clipnorm")
             }
@@ -340,12 +344,13 @@ def scaled_learning_rate(learning_rate, batch_size, rule="sqrt_wrt_1024"):
         Float.
 
     Raises:
-        ValueError: If `rule` or `batch_size` is none of these.
+        ValueError: If an argument is none of these.
 
     Reference:
         [Goyal et al., 2017](https://arxiv.org/abs/1706.02677), section 2.1, for the linear rule;
         the other is that of the [DINOv3](https://arxiv.org/abs/2508.10104) training code.
     """
+    check_range("learning_rate", learning_rate, low=0, scheduled=False)
     if not isinstance(batch_size, numbers.Real) or batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1. Received: batch_size={batch_size!r}.")
     rules = {

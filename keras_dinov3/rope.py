@@ -10,7 +10,7 @@ def rope_periods(head_dim, theta=None, min_period=None, max_period=None):
     exponents = ops.arange(head_dim // 4, dtype="float32")
     if theta is not None:
         return ops.power(float(theta), exponents * (4 / head_dim))
-    return min_period * ops.power(max_period / min_period, exponents / (head_dim // 4 - 1))
+    return min_period * ops.power(max_period / min_period, exponents / max(head_dim // 4 - 1, 1))
 
 
 def rope_tables(

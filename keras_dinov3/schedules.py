@@ -5,6 +5,7 @@ a schedule; `value_at` reads either. Any `keras.optimizers.schedules.LearningRat
 `WarmupCosine` is the one that the DINO recipes use.
 """
 
+import itertools
 import math
 import numbers
 
@@ -90,9 +91,9 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         for name, value in (("peak", peak), ("start", start), ("end", end)):
             if not (isinstance(value, numbers.Real) and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be a finite number. Received: {name}={value!r}.")
-        _check_steps("total_steps", total_steps, at_least=1)
-        _check_steps("warmup_steps", warmup_steps)
-        _check_steps("freeze_steps", freeze_steps)
+        check_steps("total_steps", total_steps, at_least=1)
+        check_steps("warmup_steps", warmup_steps)
+        check_steps("freeze_steps", freeze_steps)
         left = total_steps - warmup_steps - freeze_steps
         frozen = f", freeze_steps={freeze_steps}" if freeze_steps else ""
         if left < 0:
@@ -102,7 +103,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
                 f"Received: warmup_steps={warmup_steps}, total_steps={total_steps}{frozen}."
             )
         if cosine_steps is not None:
-            _check_steps("cosine_steps", cosine_steps)
+            check_steps("cosine_steps", cosine_steps)
             if cosine_steps > left:
                 raise ValueError(
                     "`cosine_steps` must be at most `total_steps - freeze_steps - warmup_steps`. "
@@ -154,22 +155,27 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
             **kwargs: The other arguments of `WarmupCosine`.
 
         Returns:
-            `WarmupCosine`; each length is rounded to whole steps.
+            `WarmupCosine`; the ends of its parts are rounded to whole steps.
 
         Raises:
             ValueError: As `WarmupCosine`.
         """
-        _check_steps("steps_per_epoch", steps_per_epoch, at_least=1)
+        check_steps("steps_per_epoch", steps_per_epoch, at_least=1)
 
-        def steps(epochs):
-            return None if epochs is None else round(epochs * steps_per_epoch)
-
+        lengths = {"freeze_epochs": freeze_epochs, "warmup_epochs": warmup_epochs}
+        if cosine_epochs is not None:
+            lengths["cosine_epochs"] = cosine_epochs
+        for name, value in {"epochs": epochs, **lengths}.items():
+            check_range(name, value, low=0, below=math.inf, scheduled=False)
+        # Rounded are the ends, so that parts which fill the epochs fill the steps.
+        ends = [round(end * steps_per_epoch) for end in itertools.accumulate(lengths.values())]
+        freeze, warmup, *cosine = np.diff([0, *ends]).tolist()
         return cls(
             peak,
-            steps(epochs),
-            warmup_steps=steps(warmup_epochs),
-            cosine_steps=steps(cosine_epochs),
-            freeze_steps=steps(freeze_epochs),
+            round(epochs * steps_per_epoch),
+            warmup_steps=warmup,
+            cosine_steps=cosine[0] if cosine else None,
+            freeze_steps=freeze,
             **kwargs,
         )
 
@@ -245,7 +251,7 @@ def value_at(value, step):
 SAMPLE_STEPS = (0, 1, 10, 100, 1000, 10_000, 100_000, 1_000_000)
 
 
-def check_range(name, value, above=None, low=None, high=None, below=None):
+def check_range(name, value, above=None, low=None, high=None, below=None, scheduled=True):
     """Raises if a number, or a value that a schedule takes, is out of range.
 
     A `WarmupCosine` is checked at all its steps, another schedule at a few; scalar tensors pass.
@@ -257,10 +263,13 @@ def check_range(name, value, above=None, low=None, high=None, below=None):
         low: Smallest number allowed. Defaults to `None`.
         high: Largest number allowed. Defaults to `None`.
         below: Number that `value` must stay under. Defaults to `None`.
+        scheduled: Whether `value` may be a schedule.
 
     Raises:
         ValueError: If `value` is out of range, NaN, or neither a number nor a schedule.
     """
+    if not scheduled and not isinstance(value, numbers.Real):
+        raise ValueError(f"`{name}` must be a number. Received: {name}={value!r}.")
     if isinstance(value, WarmupCosine):
         # All its values lie between these; `start` is never taken without a warmup.
         values = [value.peak, value.end] + ([value.start] if value.warmup_steps else [])
@@ -308,14 +317,29 @@ def deserialize(config):
     return keras.saving.deserialize_keras_object(config) if isinstance(config, dict) else config
 
 
-def _check_steps(name, steps, at_least=0):
-    if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < at_least:
+def check_count(name, count, at_least=0):
+    """Raises a `ValueError` if a number is not an integer of at least `at_least`."""
+    if not is_count(count, at_least):
+        raise ValueError(
+            f"`{name}` must be an integer of at least {at_least}. Received: {name}={count!r}."
+        )
+
+
+def check_steps(name, steps, at_least=0):
+    """As `check_count`, for numbers of optimizer updates."""
+    if not is_count(steps, at_least):
         raise ValueError(
             f"`{name}` must be an integer of at least {at_least}: it counts optimizer updates, "
             "that is, epochs times updates per epoch. "
             f"Received: {name}={steps!r}."
             + (f" Nearest: {round(steps)}." if _is_fraction_above(steps, at_least) else "")
         )
+
+
+def is_count(value, at_least):
+    """Whether a value is an integer of at least `at_least`."""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_integer and value >= at_least
 
 
 def _is_fraction_above(steps, at_least):

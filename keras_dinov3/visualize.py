@@ -15,14 +15,23 @@ from keras_dinov3.evaluation import FeatureExtractor
 from keras_dinov3.families import patch_size_of
 
 
-def patch_pca(backbone, images, mean=None, std=None, image_size=None, path=None, batch_size=16):
+def patch_pca(
+    backbone,
+    images,
+    mean=None,
+    std=None,
+    image_size=None,
+    path=None,
+    batch_size=16,
+    extras=None,
+):
     """Patch features as colours: their three main directions as red, green and blue.
 
     The directions are those of all patches of all images, so equal colours mean similar
     features across images too.
 
     Args:
-        backbone: A `keras_hub.models.DINOV3Backbone`.
+        backbone: As in `encode`.
         images: `(B, H, W, C)`, uint8 from 0 to 255 or float from 0 to 1.
         mean: As in `FeatureExtractor`, as are `std` and `image_size`.
         std: Number, one per channel, or `None`.
@@ -31,6 +40,8 @@ def patch_pca(backbone, images, mean=None, std=None, image_size=None, path=None,
         path: Where to write the picture (`.png`, `.pdf`, ...): each image above its colours.
             `None` writes none, and does not need Matplotlib.
         batch_size: Int, images per step.
+        extras: `EncoderExtras` that the backbone was trained with (`model.teacher_extras`).
+            `None`: none.
 
     Returns:
         float32 NumPy array of shape `(B, h, w, 3)` from 0 to 1, a colour per patch.
@@ -45,7 +56,7 @@ def patch_pca(backbone, images, mean=None, std=None, image_size=None, path=None,
     if path is not None:
         figure_class()  # if it is missing, say so before the work
     images = as_numpy(images)
-    extractor = FeatureExtractor(backbone, "patches", mean, std, image_size)
+    extractor = FeatureExtractor(backbone, "patches", mean, std, image_size, extras)
     patches = extractor.extract(images, min(batch_size, max(len(images), 1)))
     height, width = (n // patch_size_of(backbone) for n in extractor.input_size(images.shape[1:3]))
     colors = pca_colors(patches).reshape(len(patches), height, width, 3)

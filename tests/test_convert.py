@@ -446,6 +446,21 @@ def test_weights_without_a_place_in_the_hub():
         assert name in str(error.value)
 
 
+def test_hints_only_where_they_explain():
+    weights = Golden("fb_vit_mlp").part("weights/")
+    del weights["blocks.1.norm2.bias"]  # one of many: no RMSNorm
+    with pytest.raises(ValueError, match=r"Missing: blocks\.1\.norm2\.bias\. $"):
+        convert.backbone_from_meta(weights, 2)
+
+
+def test_unknown_arguments_of_the_backbone_are_named():
+    weights = Golden("fb_vit_mlp").part("weights/")
+    with pytest.raises(ValueError, match="among patch_size.*Received: rope_thta"):
+        convert.backbone_from_meta(weights, 2, rope_thta=50.0)
+    with pytest.raises(ValueError, match=r"`image_shape` must be.*image_shape=\(32, 32\)"):
+        convert.backbone_from_meta(weights, 2, image_shape=(32, 32))
+
+
 def test_one_misshapen_or_missing_array_is_named_alone():
     """Sizes are those of most arrays, so that the odd one does not make the others wrong."""
     weights = Golden("fb_vit_mlp").part("weights/")
@@ -680,7 +695,7 @@ def test_features_stay_equal_from_station_to_station(tmp_path):
     noisy(tiny.backbone()).save_to_preset(str(tmp_path / "preset"))
     backbone = keras_hub.models.DINOV3Backbone.from_preset(str(tmp_path / "preset"))
     start = features(backbone)
-    model = tiny.model(backbone=backbone, optimizer=keras.optimizers.AdamW(1e-2))
+    model = tiny.model(backbone=backbone, optimizer=kd.AdamW(1e-2))
     model.teacher_ema.momentum = 0.5
     close(features(model.student), start, 0, 1e-5)
     close(features(model.teacher), start, 0, 1e-5)
@@ -720,6 +735,19 @@ def test_command_converts_around_and_gives_the_same_bytes(tmp_path, capsys):
     same_bytes(convert.read_weights(paths[-1]), weights)
     assert (tmp_path / "keras" / "model.weights.h5").exists()
     assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_command_keeps_bfloat16_if_told(tmp_path):
+    convert.backbone_to_huggingface(noisy(tiny.backbone(dtype="bfloat16")), tmp_path / "hf")
+    start = load_file(tmp_path / "hf" / "model.safetensors")
+    for source, target in (("hf", "keras"), ("keras", "hf2")):
+        command = ["convert", str(tmp_path / source), str(tmp_path / target)]
+        assert cli.main([*command, "--dtype", "bfloat16"]) == 0
+    same_bytes(load_file(tmp_path / "hf2" / "model.safetensors"), start)
+    command = ["convert", str(tmp_path / "keras"), str(tmp_path / "hf3")]
+    assert cli.main(command) == 0
+    wide = load_file(tmp_path / "hf3" / "model.safetensors")
+    same_bytes(wide, {name: array.astype("float32") for name, array in start.items()})
 
 
 def test_command_takes_a_part(tmp_path):

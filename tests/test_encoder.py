@@ -203,7 +203,7 @@ def test_layers_by_number():
     raw = encode_layers(backbone, x, [2], normalize=False)[0]
     close(encoder.normalize(raw.patches, backbone.layernorm), numpy(last.patches), 1e-6, 0)
     assert np.max(np.abs(numpy(first.cls) - numpy(last.cls))) > 1e-2
-    for layers in (0, 4, [3], [-4], []):
+    for layers in (0, 4, [3], [-4], [], None, 1.5, True, "a", [0.5], [True]):
         with pytest.raises(ValueError, match="from 1 to 3, or a list of blocks from 0 to 2"):
             encode_layers(backbone, x, layers)
 
@@ -489,8 +489,14 @@ def test_rope_draws_stay_in_their_range(kind):
         ({"num_register_tokens": -1}, "num_register_tokens=-1"),
         ({"norm": "batch"}, "norm='batch'"),
         ({"rope_normalize": "mean"}, "rope_normalize='mean'"),
+        ({"num_register_tokens": True}, "num_register_tokens=True"),
         ({"rope_periods": (5.0, 2.0)}, "0 < min < max"),
+        ({"rope_periods": (1.0, float("inf"))}, "0 < min < max"),
+        ({"rope_periods": (1.0,)}, "0 < min < max"),
+        ({"rope_periods": 5.0}, "0 < min < max"),
         ({"rope_shift": 0.0}, "rope_shift=0.0"),
+        ({"rope_shift": "a"}, "rope_shift='a'"),
+        ({"rope_jitter": float("inf")}, "rope_jitter=inf"),
         ({"rope_jitter": 1.0}, "rope_jitter=1.0"),
         ({"rope_rescale": 0.5}, "rope_rescale=0.5"),
     ],
@@ -498,6 +504,18 @@ def test_rope_draws_stay_in_their_range(kind):
 def test_extras_say_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         EncoderExtras(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"rope_shift": 1.0}, {"rope_normalize": "max"}, {"rope_periods": (1.0, 9.0)}]
+)
+def test_rotary_extras_need_rotary_positions(arguments):
+    with pytest.raises(ValueError, match=f"{[*arguments][0]}, and a `DINOV2Backbone`"):
+        EncoderExtras(**arguments).build_for(dinov2())
+
+
+def test_a_single_period_is_the_smallest():
+    close(rope.rope_periods(4, min_period=2.0, max_period=9.0), np.array([2.0]), 0, 0)
 
 
 @pytest.mark.parametrize(("ratio", "multiple", "width"), [(3, 8, 128), (4, 8, 176), (4, 64, 192)])

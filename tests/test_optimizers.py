@@ -610,6 +610,9 @@ def test_config_round_trip():
         ({"epsilon": 0}, "`epsilon` must be greater than 0. Received: epsilon=0."),
         ({"layerwise_decay": 0.0}, "`layerwise_decay` must be greater than 0 and at most 1"),
         ({"layerwise_decay": 1.1}, "Received: layerwise_decay=1.1"),
+        ({"layerwise_decay": kd.WarmupCosine(0.9, 9)}, "`layerwise_decay` must be a number."),
+        ({"beta_1": kd.WarmupCosine(0.9, 9)}, "`beta_1` must be a number."),
+        ({"freeze_last_layer_steps": True}, "Received: freeze_last_layer_steps=True"),
         ({"patch_embed_multiplier": -1}, "`patch_embed_multiplier` must be at least 0"),
         ({"head_multiplier": -1}, "`head_multiplier` must be at least 0"),
         ({"head_decay_multiplier": -1}, "`head_decay_multiplier` must be at least 0"),
@@ -645,3 +648,5 @@ def test_scaled_learning_rate():
         kd.scaled_learning_rate(1e-3, 64, "square")
     with pytest.raises(ValueError, match="`batch_size` must be at least 1. Received: batch_size=0"):
         kd.scaled_learning_rate(1e-3, 0)
+    with pytest.raises(ValueError, match="`learning_rate` must be a number"):
+        kd.scaled_learning_rate(kd.WarmupCosine(1e-3, 10), 64)

@@ -154,6 +154,15 @@ def test_dinov2_trains_and_exports(tmp_path):
     model.export_backbone().save_to_preset(str(tmp_path / "preset"))
     preset = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
     close(preset({"images": x})[:, 0], expected, 0, 1e-5)
+    # The student is the user's own. The Hub alone saves positions only if their sum has fallen.
+    positions = backbone.embeddings.interpolated_position_embeddings
+    for change in (1.0, -2.0):
+        positions.assign(numpy(positions) + change)
+        model.train_on_batch(tiny.images())
+        expected = numpy(kd.encode(backbone, ops.convert_to_tensor(x)).cls)
+        backbone.save_to_preset(str(tmp_path / f"student {change}"))
+        preset = keras_hub.models.Backbone.from_preset(str(tmp_path / f"student {change}"))
+        close(preset({"images": x})[:, 0], expected, 0, 1e-5)
 
 
 def test_dinov3_recipe_is_the_default():

@@ -176,6 +176,11 @@ def test_lengths_in_epochs():
     assert WarmupCosine.from_epochs(2.0, 4, 10).values().shape == (40,)
     with pytest.raises(ValueError, match="`steps_per_epoch` must be .*Received: steps_per_epoch=0"):
         WarmupCosine.from_epochs(2.0, 4, 0)
+    with pytest.raises(ValueError, match="`warmup_epochs` must be .*Received: warmup_epochs=nan"):
+        WarmupCosine.from_epochs(2.0, 4, 10, warmup_epochs=float("nan"))
+    # 7.5 and 7.5 steps: each by itself would be 8, and together more than there are.
+    halves = WarmupCosine.from_epochs(1.0, 3, 5, warmup_epochs=1.5, cosine_epochs=1.5)
+    assert (halves.warmup_steps, halves.cosine_steps) == (8, 7)
 
 
 def test_ends_are_exact():

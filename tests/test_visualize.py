@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from golden import numpy
 
+from keras_dinov3 import EncoderExtras
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.evaluation import FeatureExtractor
 from keras_dinov3.masking import BlockMasking
@@ -106,6 +107,12 @@ def test_patch_pca(backbone, images, tmp_path):
     expected = pca_colors(extractor.extract(images)).reshape(3, 4, 2, 3)
     np.testing.assert_allclose(colors, expected, atol=1e-4)  # over all images at once
     assert min(png_size(path)) > 100
+    extras = EncoderExtras(norm="rms").build_for(backbone)
+    other = pca_colors(FeatureExtractor(backbone, "patches", extras=extras).extract(images))
+    np.testing.assert_allclose(
+        patch_pca(backbone, images, extras=extras).reshape(other.shape), other, atol=1e-4
+    )
+    assert np.max(np.abs(patch_pca(backbone, images).reshape(other.shape) - other)) > 1e-2
 
 
 def test_patch_pca_without_matplotlib(no_matplotlib, backbone, images, tmp_path):
