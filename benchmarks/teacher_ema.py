@@ -2,7 +2,8 @@
 
     KERAS_BACKEND=torch python benchmarks/teacher_ema.py
 
-Prints the median of single steps of each, alternating, after warm-up, and their ratio.
+Prints the median of single steps of each, alternating, after warm-up and compilation, and that of
+the ratio of neighbouring steps.
 """
 
 import statistics
@@ -57,10 +58,12 @@ def main():
             if step >= WARM_UP:
                 times[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    share = medians["with"] / medians["without"] - 1
+    shares = [b / a - 1 for a, b in zip(times["without"], times["with"], strict=True)]
+    low, share, high = statistics.quantiles(shares, n=4)
     print(
         f"{keras.config.backend()}: {1e3 * medians['without']:.1f} ms without, "
-        f"{1e3 * medians['with']:.1f} ms with: {100 * share:+.1f} %"
+        f"{1e3 * medians['with']:.1f} ms with: {100 * share:+.1f} % "
+        f"(quartiles {100 * low:+.1f} and {100 * high:+.1f}) from step to neighbouring step"
     )
 
 
