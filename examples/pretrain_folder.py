@@ -62,6 +62,8 @@ def check_arguments(args):
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1.")
     if args.batch_size < 2:
         raise ValueError("--batch-size must be at least 2: KoLeo compares images.")
+    if args.seed < 0:
+        raise ValueError("--seed must be at least 0.")
     if not 0 < args.learning_rate < 1:
         raise ValueError("--learning-rate must be above 0 and below 1.")
 
@@ -193,21 +195,21 @@ def check_output(args):
 def main():
     parser, args = parse_arguments()
     out, checkpoint = args.output, args.output / "checkpoint.keras"
-    keras.utils.set_random_seed(args.seed)
     if args.mixed_bfloat16:
         keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         check_arguments(args)
+        keras.utils.set_random_seed(args.seed)
         model = None if args.resume else build_model(args)
         data, neighbours, test = load_data(args)
         check_output(args)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
     if args.resume:
         model = keras.saving.load_model(checkpoint)
         start_epoch = int(model.step) // len(data)
-        if start_epoch >= args.epochs:
+        if start_epoch >= args.epochs and (out / "backbone").exists():
             parser.error(f"The run in {out} has had its {args.epochs} epochs.")
     else:
         start_epoch = 0
@@ -221,13 +223,16 @@ def main():
         print(f"k-NN of raw pixels: {references['raw pixels']:.1%}")
         start = "after resuming" if args.resume else "before training"
         print_accuracy = keras.callbacks.LambdaCallback(
-            on_train_begin=lambda logs: print(f"k-NN {start}: {knn.history[0][1]:.1%}"),
-            on_train_end=lambda logs: print(f"k-NN after training: {knn.history[-1][1]:.1%}"),
+            on_epoch_begin=lambda epoch, logs: (
+                epoch == start_epoch and print(f"k-NN {start}: {knn.history[0][1]:.1%}")
+            ),
         )
         callbacks.append(print_accuracy)
     callbacks.append(keras.callbacks.CSVLogger(out / "log.csv", append=args.resume))
     callbacks.append(Checkpoint(checkpoint))
     model.fit(data, epochs=args.epochs, initial_epoch=start_epoch, callbacks=callbacks)
+    if test is not None and knn.history:  # none if only the export was left to do
+        print(f"k-NN after training: {knn.history[-1][1]:.1%}")
 
     backbone = model.export_backbone()
     backbone.save_to_preset(str(out / "backbone"))

@@ -199,7 +199,15 @@ def full_tf_batches(dataset, first):
     shapes = [tuple(x.shape) for x in tf.nest.flatten(first)]
 
     def is_full(*batch):
-        return tf.equal(tf.shape(tf.nest.flatten(batch)[0])[0], shapes[0][0])
+        size = tf.shape(tf.nest.flatten(batch)[0])[0]
+        is_small = tf.debugging.assert_less_equal(
+            size,
+            shapes[0][0],
+            "The first batch must be a full one: smaller ones are dropped, so that the step is "
+            "compiled once.",
+        )
+        with tf.control_dependencies([is_small]):
+            return tf.equal(size, shapes[0][0])
 
     def declare(*batch):
         arrays = []

@@ -7,7 +7,6 @@ import keras
 import numpy as np
 
 from keras_dinov3 import backend
-from keras_dinov3.checks import as_numpy
 from keras_dinov3.data import ShuffledBatches
 
 
@@ -61,12 +60,12 @@ def full_batches(data, batch_size=None, shuffle=False, seed=None):
     batch_size = size_of(first)
     if hasattr(data, "__next__"):  # a generator; Keras wants tuples
         batches = itertools.chain([first], batches)
-        return ((inputs_of(checked(b, first)),) for b in batches if size_of(b) == batch_size), first
+        return ((inputs_of(checked(b, first)),) for b in batches if is_full(b, batch_size)), first
     if hasattr(data, "element_spec"):  # tf.data.Dataset
         if not all(spec.shape.is_fully_defined() for spec in keras.tree.flatten(data.element_spec)):
             data = backend.full_tf_batches(data, first)
     elif hasattr(data, "filter"):  # grain.IterDataset
-        data = data.filter(lambda batch: size_of(batch) == batch_size)
+        data = data.filter(lambda batch: is_full(batch, batch_size))
     elif hasattr(data, "batch_sampler"):  # torch DataLoader
         data = full_loader(data, first)
     elif type(data).__module__.startswith("grain"):
@@ -93,6 +92,8 @@ def checked(batch, first):
         raise ValueError(
             f"All batches must hold arrays of one size, so that the step is compiled once. "
             f"Received: {shapes} after {expected}. Resize or crop the images to one size."
+            + " Images and their labels go in a tuple, not in a list."
+            * (() in shapes)
         )
     return batch
 
@@ -117,15 +118,18 @@ def from_directory(data):
 def full_loader(loader, first):
     """A torch `DataLoader` like `loader` that drops its short last batch."""
     is_bare = not isinstance(first, (tuple, list))
-    if getattr(loader.batch_sampler, "drop_last", True) and not is_bare:
+    drops_last = getattr(loader.batch_sampler, "drop_last", None)  # None: batches of any sizes
+    if drops_last and not is_bare:
         return loader
     kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator")
     kept += ("multiprocessing_context", "prefetch_factor", "persistent_workers")
     settings = {name: getattr(loader, name) for name in kept}
-    if is_bare:  # Keras takes the keys of a dict, or the rows of a tensor, for separate arrays
-        settings["collate_fn"] = InTuple(loader.collate_fn)
+    batch_size = size_of(first) if drops_last is None else None
+    settings["collate_fn"] = Collate(loader.collate_fn, is_bare, batch_size)
     if loader.batch_sampler is None:  # batches are the dataset's own
         settings["batch_size"] = None
+    elif drops_last is None:  # those of a sampler of another class
+        settings["batch_sampler"] = loader.batch_sampler
     elif any(base.__name__ == "IterableDataset" for base in type(loader.dataset).__mro__):
         settings.update(batch_size=loader.batch_size, drop_last=True)  # takes no sampler
     else:
@@ -140,7 +144,7 @@ def full_grain_loader(loader, batch_size):
 
     class IsFull(grain.transforms.Filter):
         def filter(self, batch):
-            return size_of(batch) == batch_size
+            return is_full(batch, batch_size)
 
     options = loader._multiprocessing_options
     return grain.DataLoader(
@@ -154,14 +158,27 @@ def full_grain_loader(loader, batch_size):
     )
 
 
-class InTuple:
-    """A collate function whose batch comes in a tuple of one; workers can pickle it."""
+class Collate:
+    """What a loader's own collate function makes, as `fit` needs it; workers can pickle it.
 
-    def __init__(self, collate):
+    A bare batch comes in a tuple: Keras would take the keys of a dict, or the rows of a tensor, for
+    separate arrays. Given a `batch_size`, a batch of another is an error.
+    """
+
+    def __init__(self, collate, is_bare, batch_size):
         self.collate = collate
+        self.is_bare = is_bare
+        self.batch_size = batch_size
 
     def __call__(self, samples):
-        return (self.collate(samples),)
+        batch = self.collate(samples)
+        if self.batch_size is not None and size_of(batch) != self.batch_size:
+            raise ValueError(
+                "A batch sampler or data set of your own must make batches of one size, so that "
+                f"the step is compiled once. Received: a batch of {size_of(batch)} after a first "
+                f"one of {self.batch_size}. Leave out what does not fill a batch."
+            )
+        return (batch,) if self.is_bare else batch
 
 
 def full_py_dataset(data):
@@ -169,7 +186,7 @@ def full_py_dataset(data):
         raise empty(data)
     first = data[0]
     last = first if data.num_batches in (None, 1) else data[data.num_batches - 1]
-    return (WithoutLast(data) if size_of(last) < size_of(first) else data), first
+    return FullBatches(data, size_of(first), size_of(last) < size_of(first)), first
 
 
 def size_of(batch):
@@ -180,6 +197,17 @@ def size_of(batch):
             f"a batch that starts with {type(first).__name__}."
         )
     return len(first)
+
+
+def is_full(batch, batch_size):
+    """Whether a batch is as large as the first one, which none may exceed."""
+    size = size_of(batch)
+    if size > batch_size:
+        raise ValueError(
+            "The first batch must be a full one: smaller ones are dropped, so that the step is "
+            f"compiled once. Received: a batch of {size} after a first one of {batch_size}."
+        )
+    return size == batch_size
 
 
 def empty(data):
@@ -204,7 +232,7 @@ class ArrayBatches(ShuffledBatches):
                 f"`batch_size` must be an integer of at least 1. Received: {batch_size!r}."
             )
         super().__init__(sizes.pop(), shuffle, seed)
-        self.arrays = keras.tree.map_structure(as_numpy, arrays)
+        self.arrays = keras.tree.map_structure(backend.numpy_of, arrays)
         self.batch_size = min(batch_size, self.count)
 
     def __len__(self):
@@ -222,30 +250,42 @@ class BatchList(keras.utils.PyDataset):
         super().__init__()
         batch_size = size_of(batches[0])
         self.batches = [
-            inputs_of(checked(batch, batches[0]))
-            for batch in batches
-            if size_of(batch) == batch_size
+            inputs_of(checked(batch, batches[0])) for batch in batches if is_full(batch, batch_size)
         ]
 
     def __len__(self):
         return len(self.batches)
 
     def __getitem__(self, index):
-        return keras.tree.map_structure(as_numpy, self.batches[index])
+        return keras.tree.map_structure(backend.numpy_of, self.batches[index])
 
 
-class WithoutLast(keras.utils.PyDataset):
-    """A `PyDataset` without its short last batch."""
+class FullBatches(keras.utils.PyDataset):
+    """A `PyDataset` whose batches have all one size, without a short last one."""
 
-    def __init__(self, data):
+    def __init__(self, data, batch_size, without_last):
         super().__init__(data.workers, data.use_multiprocessing, data.max_queue_size)
         self.data = data
+        self.batch_size = batch_size
+        self.without_last = without_last
+
+    @property
+    def num_batches(self):
+        count = self.data.num_batches
+        return count if count is None else count - self.without_last
 
     def __len__(self):
-        return self.data.num_batches - 1
+        return self.num_batches
 
     def __getitem__(self, index):
-        return self.data[index]
+        batch = self.data[index]
+        if size_of(batch) != self.batch_size:
+            raise ValueError(
+                "All batches of a `PyDataset` but the last must have the size of the first. "
+                f"Received: batch {index} of {size_of(batch)} images, the first of "
+                f"{self.batch_size}."
+            )
+        return batch
 
     @property
     def position(self):

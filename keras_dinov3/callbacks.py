@@ -65,7 +65,8 @@ class KNN(keras.callbacks.Callback):
         name: Name of the value in the logs.
 
     Attributes:
-        history: List of `(epoch, accuracy)`, epoch 0 being before training; accuracy in [0, 1].
+        history: List of `(epoch, accuracy)`: after how many epochs, 0 being before training, or
+            as many as were made before if the run goes on from there; accuracy in [0, 1].
 
     Raises:
         ValueError: If an argument is outside its range or the data cannot be read again; before
@@ -90,9 +91,8 @@ class KNN(keras.callbacks.Callback):
         name="knn",
     ):
         super().__init__()
-        if every < 1:
-            raise ValueError(f"`every` must be at least 1 epoch. Received: every={every}.")
-        check_count("k", k, at_least=1)
+        for count, value in (("every", every), ("k", k), ("batch_size", batch_size)):
+            check_count(count, value, at_least=1)
         check_range("temperature", temperature, above=0, scheduled=False)
         if feature not in ("cls", "mean_patch", "cls_mean_patch"):
             raise ValueError(
@@ -133,7 +133,12 @@ class KNN(keras.callbacks.Callback):
             image_size=self.image_size,
             extras=self.model.teacher_extras,
         )
-        self._measure(0)
+        self._is_new = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._is_new:  # by now a callback that restores a run has done so
+            self._is_new = False
+            self._measure(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every == 0:
@@ -210,4 +215,8 @@ class DataOrder(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
-        self.data.position = int(self.model.step)
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        per_update = optimizer.gradient_accumulation_steps or 1
+        batches = int(self.model.step) * per_update + int(optimizer._iterations) % per_update
+        # Keras goes on within a pass if `steps_per_epoch` is less; then the order stays.
+        self.data.position = batches // len(self.data) * len(self.data)

@@ -1,7 +1,10 @@
 """Settings and data that cannot work, met before anything is computed."""
 
+import math
+
 import numpy as np
 
+from keras_dinov3 import backend
 from keras_dinov3.augment import MultiCrop, as_pair
 from keras_dinov3.encoder import grid_of
 from keras_dinov3.extras import EncoderExtras
@@ -15,6 +18,9 @@ COUNTS += ("head_num_layers", "koleo_top_k", "koleo_crops", "sinkhorn_iterations
 COUNTS += ("max_masked_patches",)
 OPTIONAL = ("num_patch_prototypes", "koleo_crops", "max_masked_patches")
 CHOICES = {"ibot_average": ("crops", "patches"), "koleo_distance": ("euclidean", "cosine")}
+# Of backbones: settings that no shape of a weight shows.
+FUNCTION_SETTINGS = ("num_heads", "patch_size", "rope_theta", "hidden_activation", "layer_norm_eps")
+FUNCTION_SETTINGS += ("use_gated_mlp", "use_swiglu_ffn", "apply_layernorm")
 WEIGHTS = ("dino_weight", "ibot_weight", "koleo_weight")
 
 
@@ -40,7 +46,7 @@ def check_settings(model):
             f"`extras` must be an `EncoderExtras` layer, or None. Received: {model.extras!r}."
         )
     for name in (*WEIGHTS, "local_weight"):
-        check_range(name, getattr(model, name), low=0)
+        check_range(name, getattr(model, name), low=0, below=math.inf)
     if all(is_zero(getattr(model, name)) for name in WEIGHTS):
         raise ValueError(f"At least one loss must have a weight. Received: 0 for all of {WEIGHTS}.")
     check_range("drop_path_rate", model.drop_path_rate, low=0, below=1, scheduled=False)
@@ -108,7 +114,20 @@ def check_teacher_ema(teacher_ema, student, teacher):
     """Says why a teacher cannot follow its student."""
     if teacher_ema is None:
         return
+    settings = [
+        {name: getattr(side, name, None) for name in FUNCTION_SETTINGS}
+        for side in (student, teacher)
+    ]
+    changed = [name for name in FUNCTION_SETTINGS if settings[0][name] != settings[1][name]]
     shapes = [[tuple(w.shape) for w in side.weights] for side in (student, teacher)]
+    if changed and shapes[0] == shapes[1]:
+        received = ", ".join(
+            f"{name}={settings[0][name]!r} and {settings[1][name]!r}" for name in changed
+        )
+        raise ValueError(
+            "A teacher that follows the student must compute the same function of its weights. "
+            f"Received: {received}. Build both alike, or pass `teacher_ema=None`."
+        )
     if shapes[0] != shapes[1]:
         raise ValueError(
             "A teacher that follows the student must have its architecture. Received: "
@@ -146,7 +165,9 @@ def check_batch(batch, model):
     inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     crops = crops_of(model.augmentation)
     if isinstance(inputs, dict):
-        arrays = check_crops({name: as_numpy(array) for name, array in inputs.items()}, model)
+        arrays = check_crops(
+            {name: backend.numpy_of(array) for name, array in inputs.items()}, model
+        )
         crops = {
             kind: (array.shape[1], array.shape[2:4])
             for kind, array in (
@@ -167,7 +188,7 @@ def check_batch(batch, model):
                 '{"global_crops": (B, G, S, S, C), ...}. Received: images of shape '
                 f"{tuple(inputs.shape)}. Give `DINOv3` a `MultiCrop` to train on images."
             )
-        arrays = {"images": as_numpy(inputs)}
+        arrays = {"images": backend.numpy_of(inputs)}
         check_pixels("images", arrays["images"], channels_of(model.student), 4)
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) > 1:
@@ -262,14 +283,13 @@ def check_pixels(name, images, channels, rank, normalized=False):
     low, high = float(images.min()), float(images.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"`{name}` must be finite. Received: values from {low} to {high}.")
+    if normalized and max(-low, high) > 100:
+        raise ValueError(
+            f"`{name}` must be normalised: near mean 0 and deviation 1. Received: values from "
+            f"{low:.4g} to {high:.4g}. `MultiCrop(mean=..., std=...).normalize` does that."
+        )
     if not normalized and (low < -0.5 or high > 1.5):
         raise ValueError(
             f"Float `{name}` must be from 0 to 1, not yet normalised. Received: values from "
             f"{low:.4g} to {high:.4g}. For 0 to 255, divide by 255 or cast to uint8."
         )
-
-
-def as_numpy(array):
-    if hasattr(array, "detach"):  # a torch tensor, whatever the backend
-        array = array.detach().cpu()
-    return np.asarray(array)

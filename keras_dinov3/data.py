@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from PIL import Image, ImageOps
 
+from keras_dinov3.schedules import check_count, is_count
+
 # Formats that Pillow names but opens only with another program, if at all.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -180,8 +182,7 @@ class ImageBatches(ShuffledBatches):
         **kwargs,
     ):
         super().__init__(len(files), shuffle, seed, **kwargs)
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1. Received: {batch_size}.")
+        check_count("batch_size", batch_size, at_least=1)
         if len(files) < (batch_size if drop_remainder else 1):
             raise ValueError(
                 f"There must be at least one batch. Received: {len(files)} readable images with "
@@ -388,7 +389,7 @@ def top_folder(path, directory):
 
 def height_and_width(image_size):
     size = tuple(image_size) if hasattr(image_size, "__len__") else (image_size, image_size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+    if len(size) != 2 or not all(is_count(side, at_least=1) for side in size):
         raise ValueError(
             "`image_size` must be a positive int or a pair (height, width) of them, in pixels. "
             f"Received: image_size={image_size}."

@@ -4,9 +4,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dinov3 import backend
 from keras_dinov3.augment import MultiCrop, as_pair
 from keras_dinov3.batches import from_directory
-from keras_dinov3.checks import as_numpy, check_pixels
+from keras_dinov3.checks import check_pixels
 from keras_dinov3.encoder import encode, grid_of
 from keras_dinov3.families import channels_of, check_backbone, patch_size_of
 from keras_dinov3.image_ops import resize
@@ -159,12 +160,17 @@ class FeatureExtractor(keras.Model):
             "mean": self.mean,
             "std": self.std,
             "image_size": self.image_size,
+            "extras": keras.saving.serialize_keras_object(self.extras),
         }
 
     @classmethod
     def from_config(cls, config):
-        backbone = keras.saving.deserialize_keras_object(config["backbone"])
-        return cls(**{**config, "backbone": backbone})
+        backbone, extras = (
+            keras.saving.deserialize_keras_object(config[name]) for name in ("backbone", "extras")
+        )
+        if extras is not None:
+            extras.build_for(backbone)
+        return cls(**{**config, "backbone": backbone, "extras": extras})
 
 
 def batches(data, batch_size):
@@ -184,7 +190,7 @@ def batches(data, batch_size):
         data = ([part[start : start + batch_size] for part in parts] for start in starts)
     for batch in from_directory(data):
         images, labels = split(batch)
-        yield as_numpy(images), None if labels is None else as_numpy(labels)
+        yield backend.numpy_of(images), None if labels is None else backend.numpy_of(labels)
 
 
 def split(batch):
@@ -314,7 +320,7 @@ def unit_rows(features):
 
 
 def checked_features(name, features):
-    features = as_numpy(features).astype("float32")
+    features = backend.numpy_of(features).astype("float32")
     if features.ndim != 2 or not features.size:
         raise ValueError(
             f"`{name}` must have shape (images, width) and hold at least one image. "
@@ -331,7 +337,7 @@ def checked_features(name, features):
 
 
 def checked_labels(name, labels, count):
-    labels = as_numpy(labels)
+    labels = backend.numpy_of(labels)
     if labels.shape not in ((count,), (count, 1)):
         raise ValueError(
             f"`{name}` must hold one class label per feature, shape ({count},). "

@@ -8,7 +8,7 @@ from keras_dinov3 import backend
 from keras_dinov3.batches import full_batches, inputs_of, is_arrays
 from keras_dinov3.callbacks import DataOrder, StopOnNonFinite, TeacherEMA
 from keras_dinov3.checks import check_batch, check_teacher_ema
-from keras_dinov3.schedules import is_zero
+from keras_dinov3.schedules import check_count, is_zero
 
 
 class ImageModel(keras.Model):
@@ -139,6 +139,14 @@ class ImageModel(keras.Model):
         self.declare(x, training=False)
         return super().test_on_batch(inputs_of(x), **kwargs)
 
+    def predict(self, *args, **kwargs):
+        """Not there: features are the backbone's."""
+        raise NotImplementedError(
+            "This model is for training. Features of images are those of its teacher: "
+            "`keras_dinov3.evaluation.FeatureExtractor(model.teacher, "
+            "extras=model.teacher_extras).extract(images)`, or `model.export_backbone()`."
+        )
+
     def test_step(self, *args):
         with backend.after(args):
             return super().test_step(*args)
@@ -221,4 +229,5 @@ def spread(seed, index):
     """Seeds far apart: neighbouring ones give overlapping streams on torch."""
     if seed is None:
         return None
+    check_count("seed", seed)
     return int(np.random.SeedSequence(seed).generate_state(index + 1)[index] % 2**31)

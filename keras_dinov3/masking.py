@@ -11,6 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dinov3.schedules import check_count, check_range
+
 
 class _Masking(keras.layers.Layer):
     """A layer that draws masks: its seed, and how many patches its batches mask."""
@@ -79,28 +81,17 @@ class BlockMasking(_Masking):
         **kwargs,
     ):
         super().__init__(seed, **kwargs)
-        if not 0 <= mask_probability <= 1:
-            raise ValueError(
-                f"`mask_probability` must be from 0 to 1. Received: {mask_probability=}."
-            )
+        check_range("mask_probability", mask_probability, low=0, high=1, scheduled=False)
         if np.shape(mask_ratio) != (2,) or not 0 <= mask_ratio[0] <= mask_ratio[1] <= 1:
             raise ValueError(
                 "`mask_ratio` must be a pair with 0 <= low <= high <= 1, such as (0.1, 0.5). "
                 f"Received: {mask_ratio=}."
             )
-        largest = min_num_patches if max_num_patches is None else max_num_patches
-        if not 1 <= min_num_patches <= largest:
-            raise ValueError(
-                "`min_num_patches` must be at least 1, `max_num_patches` at least as large or "
-                f"`None`. Received: {min_num_patches=}, {max_num_patches=}."
-            )
-        if not 0 < min_aspect_ratio <= 1:
-            raise ValueError(
-                "`min_aspect_ratio` must be above 0 and at most 1; the largest ratio is its "
-                f"inverse. Received: {min_aspect_ratio=}."
-            )
-        if num_tries < 1:
-            raise ValueError(f"`num_tries` must be at least 1. Received: {num_tries=}.")
+        check_count("min_num_patches", min_num_patches, at_least=1)
+        if max_num_patches is not None:
+            check_count("max_num_patches", max_num_patches, at_least=min_num_patches)
+        check_range("min_aspect_ratio", min_aspect_ratio, above=0, high=1, scheduled=False)
+        check_count("num_tries", num_tries, at_least=1)
         self.mask_probability = mask_probability
         self.mask_ratio = mask_ratio
         self.min_num_patches = min_num_patches
@@ -247,8 +238,7 @@ class RandomMasking(_Masking):
 
     def __init__(self, mask_ratio=0.3, seed=None, **kwargs):
         super().__init__(seed, **kwargs)
-        if not 0 <= mask_ratio <= 1:
-            raise ValueError(f"`mask_ratio` must be a number from 0 to 1. Received: {mask_ratio=}.")
+        check_range("mask_ratio", mask_ratio, low=0, high=1, scheduled=False)
         self.mask_ratio = mask_ratio
 
     def target_counts(self, batch_size, num_crops, grid_size):

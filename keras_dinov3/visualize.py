@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 from keras import ops
 
-from keras_dinov3.checks import as_numpy
+from keras_dinov3 import backend
 from keras_dinov3.evaluation import FeatureExtractor
 from keras_dinov3.families import patch_size_of
 
@@ -55,7 +55,7 @@ def patch_pca(
     """
     if path is not None:
         figure_class()  # if it is missing, say so before the work
-    images = as_numpy(images)
+    images = backend.numpy_of(images)
     extractor = FeatureExtractor(backbone, "patches", mean, std, image_size, extras)
     patches = extractor.extract(images, min(batch_size, max(len(images), 1)))
     height, width = (n // patch_size_of(backbone) for n in extractor.input_size(images.shape[1:3]))
@@ -105,7 +105,7 @@ def patch_pca_figure(images, colors, columns=8):
     Returns:
         `matplotlib.figure.Figure`.
     """
-    images = as_numpy(images)
+    images = backend.numpy_of(images)
     columns = min(columns, len(images))
     rows = 2 * math.ceil(len(images) / columns)
     height = 1.8 * images.shape[1] / images.shape[2]
@@ -141,7 +141,7 @@ def crops(model, images, masks=None, path=None):
     """
     if path is not None:
         figure_class()
-    augmentation, images = getattr(model, "augmentation", model), as_numpy(images)
+    augmentation, images = getattr(model, "augmentation", model), backend.numpy_of(images)
     ends = np.array([[0.0], [1.0]], "float32").repeat(images.shape[-1], axis=1)
     black, white = ops.convert_to_numpy(augmentation.normalize(ends))
     drawn = {
@@ -185,7 +185,7 @@ def crops_figure(images, crops):
     Returns:
         `matplotlib.figure.Figure`.
     """
-    images, global_crops = as_numpy(images), crops["global_crops"]
+    images, global_crops = backend.numpy_of(images), crops["global_crops"]
     local_crops = crops.get("local_crops", global_crops[:, :0])
     local_columns = math.ceil(local_crops.shape[1] / 2)  # two rows of half the size
     widths = [max(images.shape[2] / images.shape[1], 1.0)] + [1.0] * global_crops.shape[1]

@@ -7,6 +7,7 @@ import tiny
 
 import keras_dinov3 as kd
 from keras_dinov3.batches import full_batches
+from keras_dinov3.checks import check_batch
 from keras_dinov3.evaluation import batches
 
 COUNT = 2 * tiny.B + 3  # two full batches and a rest
@@ -140,6 +141,45 @@ def test_images_of_several_sizes(model, kind):
     with pytest.raises(Exception, match="All batches must hold arrays of one size"):
         model.fit(data, verbose=0)
     assert all(np.all(np.isfinite(w)) for w in model.teacher.get_weights())  # nothing is lost
+
+
+def test_a_short_first_batch_does_not_hide_the_full_ones(model):
+    parts = [IMAGES[:2], IMAGES[: tiny.B]]
+    for data in (parts, iter(parts)):
+        with pytest.raises(ValueError, match="a batch of 4 after a first one of 2"):
+            model.fit(data, verbose=0)
+    with pytest.raises(ValueError, match="labels go in a tuple"):
+        model.fit([IMAGES, LABELS], verbose=0)
+
+
+def test_batches_of_odd_sizes_never_reach_the_step():
+    class Odd(Batches):
+        def __getitem__(self, index):
+            return IMAGES[: 2 if index == 1 else tiny.B]
+
+    data, _ = full_batches(Odd())
+    assert len(data) == 3 and len(data[2]) == tiny.B
+    with pytest.raises(ValueError, match="batch 1 of 2 images, the first of 4"):
+        data[1]
+    import torch
+
+    images = torch.utils.data.TensorDataset(torch.from_numpy(IMAGES))
+    sampler = [[0, 1, 2, 3], [4, 5]]
+    data, _ = full_batches(torch.utils.data.DataLoader(images, batch_sampler=sampler))
+    with pytest.raises(ValueError, match="a batch of 2 after a first one of 4"):
+        list(data)
+
+
+def test_fit_takes_a_loader_of_bfloat16():
+    import torch
+
+    images = torch.rand(tiny.B, *IMAGES.shape[1:]).to(torch.bfloat16)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=tiny.B)
+    model = tiny.model()
+    assert check_batch(next(iter(data)), model) == tiny.B
+    if keras.config.backend() == "torch":  # Keras itself hands no bfloat16 to the others
+        model.fit(data, verbose=0)
+        assert int(model.step) == 1
 
 
 def test_fit_takes_two_epochs_of_a_loader(model):

@@ -6,7 +6,8 @@ from golden import Golden, numpy
 from keras import ops
 
 import keras_dinov3 as kd
-from keras_dinov3.callbacks import KNN, StopOnNonFinite, TeacherEMA
+from keras_dinov3.batches import full_batches
+from keras_dinov3.callbacks import KNN, DataOrder, StopOnNonFinite, TeacherEMA
 
 
 class Lines(keras.layers.Layer):
@@ -23,7 +24,8 @@ class Pair:
 
     def __init__(self, momentum, student, teacher):
         self.teacher_ema = TeacherEMA(momentum)
-        self.student_and_teacher = [(Lines(student), Lines(teacher))]
+        self.student, self.teacher = Lines(student), Lines(teacher)
+        self.student_and_teacher = [(self.student, self.teacher)]
         self.step = keras.Variable(0, dtype="int32", trainable=False)
 
     def update(self, ticks=1):
@@ -108,6 +110,66 @@ def test_knn_is_in_the_logs_and_other_callbacks_see_it(tmp_path):
     assert "knn" in (tmp_path / "log.csv").read_text().splitlines()[0]
 
 
+def test_knn_of_a_resumed_run_is_that_of_the_restored_weights(tmp_path):
+    """Callbacks that restore a run do so at its begin, maybe after this one."""
+    sides, seen = (labelled(13, 1), labelled(7, 2)), []
+
+    class Restore(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.teacher.embeddings.cls_token.assign(token)
+            seen.extend(knn.history)
+
+    model = tiny.model()
+    token = numpy(model.teacher.embeddings.cls_token) + 1.0
+    knn = KNN(*sides, every=4, k=3)
+    model.fit(
+        tiny.images(),
+        batch_size=tiny.B,
+        initial_epoch=2,
+        epochs=3,
+        verbose=0,
+        callbacks=[knn, Restore()],
+    )
+    assert seen == [] and [epoch for epoch, _ in knn.history] == [2]
+
+
+def test_the_order_of_data_follows_the_batches_and_not_the_updates():
+    model = tiny.model(kd.AdamW(1e-3, gradient_accumulation_steps=8))
+    data, _ = full_batches(tiny.images(3 * tiny.B), tiny.B, True, 0)
+    order, positions = DataOrder(data), []
+    order.set_model(model)
+    for epoch in range(3):
+        order.on_epoch_begin(epoch)
+        positions.append(data.position)
+        for index in range(3):
+            model.train_on_batch(data[index])
+    assert positions == [0, 3, 6] and int(model.step) == 1
+    model.train_on_batch(data[0])
+    order.on_epoch_begin(3)
+    assert data.position == 9  # within a pass, the order stays
+
+
+def test_short_epochs_still_see_every_image():
+    images = tiny.images(4 * tiny.B)
+    images[:, 0, 0, 0] = np.arange(len(images))
+    seen = []
+
+    data, _ = full_batches(images, tiny.B, True, 0)
+    getitem = type(data).__getitem__
+
+    class Counting(type(data)):
+        def __getitem__(self, index):
+            batch = getitem(self, index)
+            seen.append(batch[:, 0, 0, 0].tolist())
+            return batch
+
+    data.__class__ = Counting
+    model = tiny.model()
+    model.fit(data, steps_per_epoch=2, epochs=2, verbose=0)
+    # But for the two looks at the first and the last batch. TensorFlow also reads ahead.
+    assert set(sum(seen[2:], [])) == set(range(len(images)))
+
+
 def test_knn_sees_the_teacher_of_the_moment():
     model = tiny.model(teacher_ema=TeacherEMA(0.0))  # the teacher becomes the student
     knn = KNN(labelled(9, 1), labelled(6, 2), k=3)
@@ -126,7 +188,9 @@ def test_knn_sees_the_teacher_of_the_moment():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every": 0}, "at least 1 epoch. Received: every=0"),
+        ({"every": 0}, "`every` must be an integer of at least 1. Received: every=0"),
+        ({"every": 1.5}, "every=1.5"),
+        ({"batch_size": 0}, "`batch_size`.*batch_size=0"),
         ({"k": 0}, "`k`.*at least 1.*k=0"),
         ({"temperature": 0.0}, "`temperature`.*greater than 0"),
         ({"feature": "patches"}, "`feature`.*mean_patch.*'patches'"),

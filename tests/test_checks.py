@@ -43,6 +43,9 @@ def crop_model():
         ({"student_temperature": 0.0}, "student_temperature.*greater than 0"),
         ({"teacher_temperature": kd.WarmupCosine(0.0, 5)}, "teacher_temperature.*greater than 0"),
         ({"koleo_weight": -1.0}, "koleo_weight.*at least 0"),
+        ({"dino_weight": float("inf")}, "dino_weight.*less than inf"),
+        ({"seed": 1.5}, "`seed` must be an integer.*1.5"),
+        ({"teacher": tiny.backbone(num_heads=4)}, "num_heads=2 and 4.*teacher_ema=None"),
         ({"drop_path_rate": 1.0}, "drop_path_rate.*less than 1"),
         ({"max_masked_patches": 0}, "max_masked_patches.*at least 1"),
         ({"centering": "softmax"}, "sinkhorn_knopp.*SoftmaxCentering"),
@@ -112,6 +115,11 @@ def test_local_crops_that_are_not_made_may_have_any_size():
         "ibot_loss",
         "koleo_loss",
     ]
+
+
+def test_predict_says_where_features_are():
+    with pytest.raises(NotImplementedError, match="FeatureExtractor.*export_backbone"):
+        tiny.model().predict(tiny.images())
 
 
 def test_compile_takes_no_losses():

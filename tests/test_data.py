@@ -396,7 +396,7 @@ def test_folder_of_broken_images_says_why(tmp_path):
         ({"image_size": 0}, "positive int or a pair"),
         ({"image_size": (8, 8, 3)}, r"image_size=\(8, 8, 3\)"),
         ({"image_size": 0.5}, "image_size=0.5"),
-        ({"batch_size": 0}, "at least 1. Received: 0"),
+        ({"batch_size": 0}, "at least 1. Received: batch_size=0"),
         ({"batch_size": 6}, "5 readable images with batch_size=6.*drop_remainder=False"),
         ({"labels": "names"}, "labels='names'"),
         ({"labels": "folders"}, "00.png. Use `labels=None`"),

@@ -8,6 +8,7 @@ import pytest
 from golden import numpy
 from keras import ops
 
+from keras_dinov3 import EncoderExtras
 from keras_dinov3.encoder import encode
 from keras_dinov3.evaluation import (
     FeatureExtractor,
@@ -343,6 +344,11 @@ def test_config_and_saving(backbone, images, tmp_path):
     before = make_extractor(backbone, feature="cls_mean_patch", image_size=(12, 8), name="features")
     again = FeatureExtractor.from_config(before.get_config())
     assert again.get_config() == before.get_config()
+    assert again.extras is None
+    extras = EncoderExtras(untie_cls_norm=True, rope_normalize="max").build_for(backbone)
+    varied = make_extractor(backbone, extras=extras).get_config()
+    varied = FeatureExtractor.from_config(varied).extras
+    assert varied.rope_normalize == "max" and varied.cls_norm is not None
     assert (again.feature, again.image_size) == ("cls_mean_patch", (12, 8))
     assert (again.mean, again.std) == (MEAN.tolist(), STD.tolist())
     before.save(tmp_path / "features.keras")

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -170,6 +171,7 @@ def script():
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"heads": 0}, "--heads must be at least 1"),
         ({"batch_size": 1}, "--batch-size must be at least 2"),
+        ({"seed": -1}, "--seed must be at least 0"),
         ({"learning_rate": "nan"}, "--learning-rate must be above 0"),
     ],
 )
@@ -212,3 +214,19 @@ def test_pretrain_folder_neither_overwrites_nor_mixes_runs(
             script().main()
         assert re.search(message, capsys.readouterr().err), message
     assert json.loads((folder / "settings.json").read_text())["width"] == 24
+
+
+def test_pretrain_folder_exports_a_run_that_was_killed_at_its_end(
+    finished, images, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "backbone")
+    monkeypatch.setattr(sys, "argv", command("--resume", images=images, output=folder))
+    script().main()
+    first, second = (
+        keras_hub.models.DINOV3Backbone.from_preset(str(path / "backbone")).get_weights()
+        for path in (finished[0], folder)
+    )
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -470,20 +470,26 @@ def test_fit_predict_and_save_inside_a_model(cls, jit, tmp_path):
 @pytest.mark.parametrize(
     "cls, arguments, message",
     [
-        (BlockMasking, {"mask_probability": 1.5}, "from 0 to 1. Received: mask_probability=1.5"),
+        (BlockMasking, {"mask_probability": 1.5}, "at most 1. Received: mask_probability=1.5"),
         (BlockMasking, {"mask_probability": -0.1}, "mask_probability=-0.1"),
         (BlockMasking, {"mask_ratio": 0.3}, "pair with 0 <= low <= high <= 1.*mask_ratio=0.3"),
         (BlockMasking, {"mask_ratio": (0.5, 0.1)}, r"mask_ratio=\(0.5, 0.1\)"),
         (BlockMasking, {"mask_ratio": (0.5, 1.1)}, r"mask_ratio=\(0.5, 1.1\)"),
         (BlockMasking, {"mask_ratio": (-0.5, 0.5)}, r"mask_ratio=\(-0.5, 0.5\)"),
         (BlockMasking, {"min_num_patches": 0}, "at least 1.*min_num_patches=0"),
-        (BlockMasking, {"max_num_patches": 3}, "at least as large.*max_num_patches=3"),
+        (BlockMasking, {"max_num_patches": 3}, "at least 4. Received: max_num_patches=3"),
         (BlockMasking, {"max_num_patches": 0}, "max_num_patches=0"),
-        (BlockMasking, {"min_aspect_ratio": 0}, "above 0 and at most 1.*min_aspect_ratio=0"),
+        (BlockMasking, {"min_aspect_ratio": 0}, "greater than 0 and at most 1.*min_aspect_ratio=0"),
         (BlockMasking, {"min_aspect_ratio": 2}, "min_aspect_ratio=2"),
-        (BlockMasking, {"num_tries": 0}, "`num_tries` must be at least 1.*num_tries=0"),
-        (RandomMasking, {"mask_ratio": 1.01}, "from 0 to 1. Received: mask_ratio=1.01"),
+        (
+            BlockMasking,
+            {"num_tries": 0},
+            "an integer of at least 1.*num_tries=0",
+        ),
+        (RandomMasking, {"mask_ratio": 1.01}, "at most 1. Received: mask_ratio=1.01"),
         (RandomMasking, {"mask_ratio": -1}, "mask_ratio=-1"),
+        (RandomMasking, {"mask_ratio": None}, "must be a number.*mask_ratio=None"),
+        (BlockMasking, {"min_num_patches": 2.5}, "integer.*min_num_patches=2.5"),
     ],
 )
 def test_constructor_errors(cls, arguments, message):
