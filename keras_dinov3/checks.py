@@ -50,6 +50,10 @@ def check_settings(model):
     if all(is_zero(getattr(model, name)) for name in WEIGHTS):
         raise ValueError(f"At least one loss must have a weight. Received: 0 for all of {WEIGHTS}.")
     check_range("drop_path_rate", model.drop_path_rate, low=0, below=1, scheduled=False)
+    if model.remat not in ("none", "blocks", "full"):
+        raise ValueError(
+            f'`remat` must be "none", "blocks" or "full". Received: remat={model.remat!r}.'
+        )
     if model.centering != "sinkhorn_knopp" and not isinstance(model.centering, SoftmaxCentering):
         raise ValueError(
             '`centering` must be "sinkhorn_knopp" or a `SoftmaxCentering` layer. '

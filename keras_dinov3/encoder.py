@@ -1,11 +1,12 @@
 """A vision transformer forward pass over the weights of a Keras Hub backbone."""
 
-from collections import deque
+import functools
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
+from keras_dinov3 import backend
 from keras_dinov3.extras import LAYER, EncoderExtras
 from keras_dinov3.families import channels_of, parts_of, patch_size_of
 from keras_dinov3.image_ops import resize
@@ -32,6 +33,8 @@ def encode(
     seed=None,
     extras=None,
     is_local=False,
+    remat="none",
+    jit_compile=False,
 ):
     """Runs `backbone`'s weights on images of any size and returns its tokens by kind.
 
@@ -54,6 +57,11 @@ def encode(
         seed: `keras.random.SeedGenerator`, needed when something is drawn.
         extras: `EncoderExtras` built for the backbone, or `None`.
         is_local: Whether these are local crops, for the norm of their class tokens.
+        remat: What the backward pass computes again to save memory: `"none"`, `"blocks"` (all
+            within a block; the tokens between blocks are kept) or `"full"` (also those, but for
+            one in about the square root of the number of blocks).
+        jit_compile: Whether PyTorch compiles the blocks, once for all of them and each shape.
+            Other backends compile the whole step around this or nothing.
 
     Returns:
         `Tokens` with `cls` `(B, D)`, `registers` `(B, R, D)` and `patches` `(B, N, D)`.
@@ -69,10 +77,17 @@ def encode(
     """
     parts, extras = parts_of(backbone), extras or NO_EXTRAS
     x, grid_size, num_prefix = embed(backbone, parts, images, masks, extras)
-    blocks = run_blocks(
-        x, backbone, parts, grid_size, num_prefix, training, drop_path_rate, seed, extras
+    function, blocks = blocks_of(
+        backbone,
+        parts,
+        grid_size,
+        num_prefix,
+        extras,
+        len(x) if training else 0,
+        drop_path_rate,
+        seed,
     )
-    x = deque(blocks, maxlen=1).pop()  # of the last block
+    x = backend.fold(function, x, blocks, remat, jit_compile)
     return split_tokens(x, parts, num_prefix, extras, is_local and training)
 
 
@@ -107,8 +122,11 @@ def encode_layers(backbone, images, layers=1, as_grid=False, normalize=True, ext
             f"{count - 1}. Received: layers={layers!r}."
         )
     x, grid_size, num_prefix = embed(backbone, parts, images, None, extras)
-    blocks = run_blocks(x, backbone, parts, grid_size, num_prefix, False, 0.0, None, extras)
-    outputs = {index: x for index, x in enumerate(blocks) if index in wanted}
+    function, blocks = blocks_of(backbone, parts, grid_size, num_prefix, extras)
+    outputs = []
+    for weights in blocks[: max(wanted) + 1]:
+        x = function(x, weights)
+        outputs.append(x)
     found = []
     for layer in wanted:
         x = outputs[layer]
@@ -149,72 +167,112 @@ def embed(backbone, parts, images, masks, extras):
     return ops.concatenate([prefix, patches], axis=1), grid_size, num_prefix
 
 
-def run_blocks(x, backbone, parts, grid_size, num_prefix, training, drop_path_rate, seed, extras):
-    """Yields the tokens after each block."""
-    dtype, batch_size = backbone.compute_dtype, x.shape[0]
-    head_dim = backbone.hidden_dim // backbone.num_heads
-    varied = training and extras.varies_rope
-    rope = None
-    if parts.rope_theta is not None and not varied:
-        tables = extras.rope(grid_size, head_dim, parts.rope_theta)
-        rope = signed_rope(*tables, num_prefix, dtype)
-    keep = batch_size
-    if training and drop_path_rate:
-        keep = max(1, int(batch_size * (1 - drop_path_rate)))
-    for layer in parts.blocks:
-        if varied and parts.rope_theta is not None:
-            tables = extras.rope(grid_size, head_dim, parts.rope_theta, seed)
-            rope = signed_rope(*tables, num_prefix, dtype)
-        subsets = (None, None)
-        if keep < batch_size:
-            subsets = (random_subset(batch_size, keep, seed), random_subset(batch_size, keep, seed))
+def blocks_of(
+    backbone, parts, grid_size, num_prefix, extras, batch_size=0, drop_path_rate=0.0, seed=None
+):
+    """The blocks as one pure function and what it takes for each of them.
+
+    Args:
+        backbone: As in `encode`, and its `parts`.
+        grid_size: `(h, w)`, the patch grid.
+        num_prefix: Int, the tokens before the patches.
+        extras: `EncoderExtras`.
+        batch_size: Int. In training, the images; 0 at inference.
+        drop_path_rate: As in `encode`.
+        seed: As in `encode`.
+
+    Returns:
+        A function `(tokens, inputs) -> tokens`, the same object for all backbones alike, and a
+        list of the `inputs` of each block, see `block`.
+    """
+    dtype, num_blocks = backbone.compute_dtype, len(parts.blocks)
+    ropes = [None] * num_blocks
+    if parts.rope_theta is not None:
+        head_dim = backbone.hidden_dim // backbone.num_heads
+        varied = extras.varies_rope and batch_size > 0
+        tables = [
+            signed_rope(
+                *extras.rope(grid_size, head_dim, parts.rope_theta, draw), num_prefix, dtype
+            )
+            for draw in ([seed] * num_blocks if varied else [None])
+        ]
+        ropes = tables if varied else tables * num_blocks
+    subsets = [None] * num_blocks
+    keep = max(1, int(batch_size * (1 - drop_path_rate)))
+    if drop_path_rate and keep < batch_size:
+        subsets = random_subsets(num_blocks, batch_size, keep, seed)
+    blocks = []
+    for layer, rope, subset in zip(parts.blocks, ropes, subsets, strict=True):
         weights = parts.block_weights(layer, dtype)
         if not extras.layer_scale:
             weights.update(layer_scale1=None, layer_scale2=None)
-        x = block(x, rope, weights, backbone.num_heads, parts.activation, subsets, extras.norm)
-        yield x
+        blocks.append({"weights": weights, "rope": rope, "subsets": subset})
+    function = block_function(
+        backbone.num_heads, parts.activation, extras.norm, float(parts.norm.epsilon)
+    )
+    return function, blocks
+
+
+@functools.cache
+def block_function(num_heads, activation, norm, epsilon):
+    """`block` with its settings: one object for those alike, so that it is compiled once."""
+
+    def function(x, inputs):
+        return block(
+            x, **inputs, num_heads=num_heads, activation=activation, norm=norm, epsilon=epsilon
+        )
+
+    return function
 
 
 def split_tokens(x, parts, num_prefix, extras, is_local):
     """The final norm, or several where norms are untied, and the tokens by kind."""
+
+    def final(x, layer):
+        return normalize(x, layer.gamma, layer.beta, layer.epsilon, extras.norm)
+
     cls_norm = extras.cls_norm
     if is_local and extras.local_cls_norm is not None:
         cls_norm = extras.local_cls_norm
     if cls_norm is None:
-        x = normalize(x, parts.norm, extras.norm)
+        x = final(x, parts.norm)
         return Tokens(x[:, 0], x[:, 1:num_prefix], x[:, num_prefix:])
-    prefix = normalize(x[:, :num_prefix], cls_norm, extras.norm)
-    patches = normalize(x[:, num_prefix:], parts.norm, extras.norm)
+    prefix, patches = final(x[:, :num_prefix], cls_norm), final(x[:, num_prefix:], parts.norm)
     return Tokens(prefix[:, 0], prefix[:, 1:], patches)
 
 
-def block(x, rope, weights, num_heads, activation="gelu", subsets=(None, None), norm=LAYER):
+def block(
+    x, weights, num_heads, rope=None, subsets=None, activation="gelu", norm=LAYER, epsilon=1e-6
+):
     """One transformer block as a pure function of its weights.
 
     Args:
         x: Tokens, shape `(B, 1 + R + N, D)`.
-        rope: `(sin, cos)` from `signed_rope`, each `(1 + R + N, head_dim)`, or `None`.
         weights: Dict by role. `"query"`, `"key"`, `"value"`, `"output"`, `"up"`, `"down"` and, in
             a gated MLP, `"gate"`: pairs of kernel and bias, or `None` for no bias. `"norm1"`,
-            `"norm2"`: Keras layers. `"layer_scale1"`, `"layer_scale2"`: tensors or `None`.
+            `"norm2"`: pairs of gain and offset. `"layer_scale1"`, `"layer_scale2"`: tensors or
+            `None`.
         num_heads: Int.
+        rope: `(sin, cos)` from `signed_rope`, each `(1 + R + N, head_dim)`, or `None`.
+        subsets: Int tensor of shape `(2, keep)`: the images that the attention and the MLP
+            branch compute. `None`: all.
         activation: Of the MLP, anything that `keras.activations.get` takes.
-        subsets: Two int tensors of shape `(keep,)`: the images that the attention and the
-            MLP branch compute. `None` computes all.
         norm: `"layer"` or `"rms"`.
+        epsilon: Float, of the norms.
 
     Returns:
         Tensor shaped like `x`.
     """
 
     def attend(x):
-        return attention(normalize(x, weights["norm1"], norm), rope, weights, num_heads)
+        x = normalize(x, *weights["norm1"], epsilon, norm)
+        return attention(x, rope, weights, num_heads)
 
     def feed(x):
-        return mlp(normalize(x, weights["norm2"], norm), weights, activation)
+        return mlp(normalize(x, *weights["norm2"], epsilon, norm), weights, activation)
 
-    x = add_residual(x, attend, weights["layer_scale1"], subsets[0])
-    return add_residual(x, feed, weights["layer_scale2"], subsets[1])
+    x = add_residual(x, attend, weights["layer_scale1"], None if subsets is None else subsets[0])
+    return add_residual(x, feed, weights["layer_scale2"], None if subsets is None else subsets[1])
 
 
 def add_residual(x, branch, scale, subset):
@@ -228,9 +286,11 @@ def add_residual(x, branch, scale, subset):
     return x + ops.scatter(ops.expand_dims(subset, -1), added, x.shape)
 
 
-def random_subset(batch_size, keep, seed):
-    """`keep` distinct images of a batch, uniformly drawn: an int tensor of shape `(keep,)`."""
-    return ops.argsort(keras.random.uniform((batch_size,), seed=seed))[:keep]
+def random_subsets(num_blocks, batch_size, keep, seed):
+    """`keep` distinct images of a batch for each branch of each block, an int tensor
+    `(num_blocks, 2, keep)`, uniformly drawn."""
+    draws = keras.random.uniform((num_blocks, 2, batch_size), dtype="float32", seed=seed)
+    return ops.argsort(draws, axis=-1)[..., :keep]
 
 
 def attention(x, rope, weights, num_heads):
@@ -241,7 +301,7 @@ def attention(x, rope, weights, num_heads):
     )
     if rope is not None:
         query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-    x = ops.dot_product_attention(query, key, value)
+    x = backend.attention(query, key, value)
     return dense(ops.reshape(x, (batch_size, length, width)), weights["output"])
 
 
@@ -256,17 +316,17 @@ def mlp(x, weights, activation):
 
 def dense(x, kernel_and_bias):
     kernel, bias = kernel_and_bias
-    x = ops.matmul(x, kernel)
+    x = backend.matmul(x, kernel)
     return x if bias is None else x + bias
 
 
-def normalize(x, layer, norm=LAYER):
-    """Layer norm or RMSNorm with the weights of a Keras layer; float32 inside, `x`'s dtype out."""
+def normalize(x, gamma, beta, epsilon, norm=LAYER):
+    """Layer norm or RMSNorm; float32 inside, `x`'s dtype out."""
     if norm == LAYER:
-        return ops.layer_normalization(x, layer.gamma, layer.beta, epsilon=layer.epsilon)
+        return ops.layer_normalization(x, gamma, beta, epsilon=epsilon)
     y = ops.cast(x, "float32")
-    y = y * ops.rsqrt(ops.mean(ops.square(y), axis=-1, keepdims=True) + layer.epsilon)
-    return ops.cast(y * ops.cast(layer.gamma, "float32"), x.dtype)
+    y = y * ops.rsqrt(ops.mean(ops.square(y), axis=-1, keepdims=True) + epsilon)
+    return ops.cast(y * ops.cast(gamma, "float32"), x.dtype)
 
 
 def resize_positions(parts, grid_size):

@@ -124,10 +124,11 @@ class EncoderExtras(keras.layers.Layer):
                 setattr(self, name, copy)
         if self.norm == RMS:
             weights = [parts.block_weights(layer, "float32") for layer in parts.blocks]
-            norms = [block[name] for block in weights for name in ("norm1", "norm2")]
-            for norm in (*norms, parts.norm, self.cls_norm, self.local_cls_norm):
-                if norm is not None:
-                    norm.beta.trainable = False
+            betas = [block[name][1] for block in weights for name in ("norm1", "norm2")]
+            for norm in (parts.norm, self.cls_norm, self.local_cls_norm):
+                betas += [] if norm is None else [norm.beta]
+            for beta in betas:
+                beta.trainable = False
         if not self.layer_scale:
             for layer in parts.blocks:
                 for name in ("layer_scale1", "layer_scale2"):

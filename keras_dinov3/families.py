@@ -31,7 +31,7 @@ class Parts(NamedTuple):
     activation: Any  # of the MLP
     blocks: list  # Keras layers
     block_weights: Any  # function (layer, dtype) to a dict, see `encoder.block`
-    norm: Any  # the final norm, a Keras layer
+    norm: Any  # the final norm, a Keras layer, whose epsilon is that of the blocks' norms too
 
 
 def parts_of(backbone):
@@ -98,13 +98,13 @@ def vit_parts(backbone):
 def dinov3_block(layer, dtype):
     """The weights of a Hub `DINOV3Layer` by role, matrices and scales cast to `dtype`."""
     weights = {
-        "norm1": layer.norm1,
+        "norm1": norm_weights(layer.norm1),
         "query": dense_weights(layer.attention.query_dense, dtype),
         "key": dense_weights(layer.attention.key_dense, dtype),
         "value": dense_weights(layer.attention.value_dense, dtype),
         "output": dense_weights(layer.attention.output_dense, dtype),
         "layer_scale1": ops.cast(layer.layer_scale1.lambda1, dtype),
-        "norm2": layer.norm2,
+        "norm2": norm_weights(layer.norm2),
         "up": dense_weights(layer.mlp.up_proj, dtype),
         "down": dense_weights(layer.mlp.down_proj, dtype),
         "layer_scale2": ops.cast(layer.layer_scale2.lambda1, dtype),
@@ -117,10 +117,10 @@ def dinov3_block(layer, dtype):
 def dinov2_block(layer, dtype):
     """The same of a Hub `DINOV2Layer`."""
     weights = {
-        "norm1": layer.norm1,
+        "norm1": norm_weights(layer.norm1),
         **attention_weights(layer.attention.attention, dtype),
         "layer_scale1": ops.cast(layer.layer_scale1.lambda1, dtype),
-        "norm2": layer.norm2,
+        "norm2": norm_weights(layer.norm2),
         "layer_scale2": ops.cast(layer.layer_scale2.lambda1, dtype),
     }
     if layer.use_swiglu_ffn:  # gate and up in one matrix
@@ -137,10 +137,10 @@ def dinov2_block(layer, dtype):
 def vit_block(layer, dtype):
     """The same of a Hub `ViTEncoderBlock`, which has no layer scale."""
     return {
-        "norm1": layer.layer_norm_1,
+        "norm1": norm_weights(layer.layer_norm_1),
         **attention_weights(layer.mha, dtype),
         "layer_scale1": None,
-        "norm2": layer.layer_norm_2,
+        "norm2": norm_weights(layer.layer_norm_2),
         "up": dense_weights(layer.mlp.dense_1, dtype),
         "down": dense_weights(layer.mlp.dense_2, dtype),
         "layer_scale2": None,
@@ -158,6 +158,11 @@ def attention_weights(layer, dtype):
         bias = None if bias is None else ops.reshape(ops.cast(bias, dtype), (-1,))
         weights[name] = ops.reshape(kernel, shape), bias
     return weights
+
+
+def norm_weights(layer):
+    """Gain and offset of a norm, the variables themselves."""
+    return layer.gamma, layer.beta
 
 
 def dense_weights(layer, dtype):

@@ -19,8 +19,17 @@ class ImageModel(keras.Model):
     """
 
     train_shapes = test_shapes = None  # of the arrays of a batch; known once data have been seen
+    compiles_blocks = False  # by `torch.compile`
 
-    def compile(self, optimizer="adamw", loss=None, metrics=None, weighted_metrics=None, **kwargs):
+    def compile(
+        self,
+        optimizer="adamw",
+        loss=None,
+        metrics=None,
+        weighted_metrics=None,
+        jit_compile="auto",
+        **kwargs,
+    ):
         """As `keras.Model.compile`, without losses and metrics: the method brings its own.
 
         Args:
@@ -28,6 +37,9 @@ class ImageModel(keras.Model):
             loss: `None`.
             metrics: `None`.
             weighted_metrics: `None`.
+            jit_compile: `True`, `False` or `"auto"`. On PyTorch it is about the transformer blocks,
+                which are compiled once per crop size: `"auto"` does so on a GPU. TensorFlow and
+                JAX compile the whole step.
             **kwargs: Other arguments of `keras.Model.compile`.
 
         Raises:
@@ -40,7 +52,13 @@ class ImageModel(keras.Model):
                 f"`{type(self).__name__}` has its own losses and logs each term. Received: {given}."
                 " Leave these out; how good the features are, `callbacks.KNN` says."
             )
-        super().compile(optimizer, **kwargs)
+        self.compiles = jit_compile
+        jit_compile, self.compiles_blocks = backend.block_compilation(jit_compile)
+        super().compile(optimizer, jit_compile=jit_compile, **kwargs)
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        return {**config, "jit_compile": self.compiles} if config else config
 
     def compile_from_config(self, config):  # Keras leaves it to classes with their own `compile`
         self.compile(**keras.saving.deserialize_keras_object(config))

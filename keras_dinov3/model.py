@@ -48,6 +48,8 @@ class DINOv3(ImageModel):
         koleo_top_k: Int. Nearest neighbours that KoLeo pushes away.
         drop_path_rate: Float in [0, 1). Share of the batch that skips each residual branch of
             the student.
+        remat: `"none"`, `"blocks"` or `"full"`: what of the student the backward pass computes
+            again to save memory, see `encode`. Gradients are the same.
         centering: `"sinkhorn_knopp"`, or a `SoftmaxCentering` layer, whose settings both the
             class token and the patch targets take.
         sinkhorn_iterations: Int. Alternations of `sinkhorn_knopp`.
@@ -105,6 +107,7 @@ class DINOv3(ImageModel):
         koleo_weight=0.1,
         koleo_top_k=1,
         drop_path_rate=0.0,
+        remat="none",
         centering="sinkhorn_knopp",
         sinkhorn_iterations=3,
         augmentation="multi_crop",
@@ -141,6 +144,7 @@ class DINOv3(ImageModel):
         self.koleo_weight = koleo_weight
         self.koleo_top_k = koleo_top_k
         self.drop_path_rate = drop_path_rate
+        self.remat = remat
         self.centering = centering
         self.sinkhorn_iterations = sinkhorn_iterations
         self.augmentation = augmentation
@@ -192,7 +196,7 @@ class DINOv3(ImageModel):
         batch_size, num_crops = global_crops.shape[:2]
 
         def see(backbone, crops, **kwargs):
-            tokens = encode(backbone, merge(crops), **kwargs)
+            tokens = encode(backbone, merge(crops), jit_compile=self.compiles_blocks, **kwargs)
             return ops.reshape(tokens.cls, (batch_size, crops.shape[1], -1)), tokens.patches
 
         student = {
@@ -200,6 +204,7 @@ class DINOv3(ImageModel):
             "drop_path_rate": self.drop_path_rate,
             "seed": self.seed_generator,
             "extras": self.student_extras,
+            "remat": self.remat,
         }
         teacher_cls, teacher_patches = see(self.teacher, global_crops, extras=self.teacher_extras)
         student_cls, student_patches = see(
