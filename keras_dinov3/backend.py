@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import sys
+import threading
 import warnings
 
 import keras
@@ -138,8 +139,8 @@ def scaled(tensors, factor):
 def update_together(optimizer, gradients, variables, rates):
     """`AdamW.update_step` for many weights at once, where the backend has operations for that.
 
-    On torch each operation then runs over all weights in a few kernels, instead of in several
-    for each.
+    PyTorch's fused kernel reads and writes each weight once, and all weights with one rate in one
+    call.
 
     Args:
         optimizer: `AdamW`.
@@ -154,32 +155,111 @@ def update_together(optimizer, gradients, variables, rates):
         return False
     import torch
 
+    groups = {}
+    for variable, gradient in zip(variables, gradients, strict=True):
+        weight = variable.value
+        key = (optimizer.multipliers(variable), weight.dtype)
+        moments = (moment.value for moment in optimizer.moments(variable))
+        groups.setdefault(key, []).append((weight, gradient.to(weight.dtype), *moments))
     with torch.no_grad():
-        weights = [variable.value for variable in variables]
-        gradients = [g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)]
-        groups = {}  # positions of weights that share rate and decay
-        for position, variable in enumerate(variables):
-            groups.setdefault(optimizer.multipliers(variable), []).append(position)
-        moments = [optimizer.moments(variable) for variable in variables]
-        means, squares = ([m.value for m in column] for column in zip(*moments, strict=True))
-        torch._foreach_lerp_(means, gradients, 1 - optimizer.beta_1)
-        torch._foreach_mul_(squares, optimizer.beta_2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - optimizer.beta_2)
-        scales = torch._foreach_sqrt(squares)
-        torch._foreach_add_(scales, optimizer.epsilon * rates.square_correction)
-        moves = torch._foreach_div(means, scales)
         # The factors of all groups at once: on a GPU, single numbers cost as much as arrays.
-        factors = torch.tensor(list(groups), dtype=torch.float32, device=weights[0].device)
-        is_last_layer = factors[:, 2] > 0
-        rate = torch.where(is_last_layer, rates.last_layer_rate, rates.rate) * factors[:, 0]
+        factors = torch.tensor([key[0] for key in groups], dtype=torch.float32)
+        factors = factors.to(rates.rate.device)
+        rate = torch.where(factors[:, 2] > 0, rates.last_layer_rate, rates.rate) * factors[:, 0]
         kept = (1 - rate * rates.decay * factors[:, 1]).unbind()
-        moved = (rate * (rates.square_correction / rates.mean_correction)).unbind()
-        for (multipliers, members), keep, move in zip(groups.items(), kept, moved, strict=True):
+        step = ops.cast(optimizer.iterations + 1, "float32")
+        for ((multipliers, _), members), lr, keep in zip(
+            groups.items(), rate.unbind(), kept, strict=True
+        ):
+            weights, *others = (list(column) for column in zip(*members, strict=True))
             if multipliers.decay:
-                torch._foreach_mul_([weights[i] for i in members], keep)
-            torch._foreach_mul_([moves[i] for i in members], move)
-        torch._foreach_sub_(weights, moves)
+                torch._foreach_mul_(weights, keep)
+            torch._fused_adamw_(
+                weights,
+                *others,
+                [],
+                [step] * len(weights),
+                lr=lr,
+                beta1=optimizer.beta_1,
+                beta2=optimizer.beta_2,
+                weight_decay=0.0,
+                eps=optimizer.epsilon,
+                amsgrad=False,
+                maximize=False,
+            )
     return True
+
+
+PIECES = threading.local()  # whether a step that runs in this thread compiles its pieces
+
+
+@contextlib.contextmanager
+def compiled_pieces(enabled):
+    """A context in which what `compiled` returns, and blocks in `fold`, are compiled."""
+    before = getattr(PIECES, "enabled", False)
+    PIECES.enabled = enabled
+    try:
+        yield
+    finally:
+        PIECES.enabled = before
+
+
+def pieces_are_compiled():
+    return getattr(PIECES, "enabled", False)
+
+
+def compilation(jit_compile):
+    """What `compile(jit_compile=...)` means for Keras, and whether pieces are compiled.
+
+    JAX compiles the whole step. On TensorFlow `"auto"` has XLA compile pieces, each once for all
+    weights of a shape, and `True` the whole step. On PyTorch both mean pieces, `"auto"` only on a
+    GPU: of a whole model, `torch.compile` makes a graph that takes minutes, and makes it anew in
+    each step; and on a CPU it does not make blocks faster.
+
+    Returns:
+        Keras's `jit_compile`, and a boolean.
+    """
+    engine = keras.config.backend()
+    if engine == "torch":
+        import torch
+
+        return False, torch.cuda.is_available() if jit_compile == "auto" else bool(jit_compile)
+    if engine == "tensorflow" and jit_compile == "auto":
+        return False, True
+    return jit_compile, False
+
+
+def compiled(function, static_argnames=()):
+    """A pure function that is compiled by itself where that pays.
+
+    JAX always compiles it: eagerly it would compile each single operation on its first use, which
+    takes minutes, and under a compiled step this changes nothing. TensorFlow compiles it in
+    `compiled_pieces`. PyTorch runs it as it is.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.jit(function, static_argnames=static_argnames)
+    if keras.config.backend() != "tensorflow":
+        return function
+
+    by_xla = None
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        nonlocal by_xla
+        if not pieces_are_compiled():
+            return function(*args, **kwargs)
+        by_xla = by_xla or xla_compiled(function)
+        return by_xla(*args, **kwargs)
+
+    return run
+
+
+def xla_compiled(function):
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 # Transformer blocks from which on JAX scans over stacked weights. It then compiles one block
@@ -188,7 +268,7 @@ def update_together(optimizer, gradients, variables, rates):
 SCANNED_BLOCKS = 4
 
 
-def fold(function, x, blocks, remat="none", jit_compile=False):
+def fold(function, x, blocks, remat="none"):
     """`x = function(x, inputs)` with the inputs of each block in turn.
 
     Args:
@@ -196,7 +276,6 @@ def fold(function, x, blocks, remat="none", jit_compile=False):
         x: Tensor. `function` keeps its shape.
         blocks: List of nests of tensors, variables and `None`, all of the same shapes.
         remat: `"none"`, `"blocks"` or `"full"`, see `encoder.encode`.
-        jit_compile: Whether PyTorch compiles `function`.
 
     Returns:
         The last `x`.
@@ -205,18 +284,18 @@ def fold(function, x, blocks, remat="none", jit_compile=False):
         size = segment_size(len(blocks))
 
         def segment(x, inputs):
-            return fold(function, x, inputs, "blocks", jit_compile)
+            return fold(function, x, inputs, "blocks")
 
         segments = [blocks[start : start + size] for start in range(0, len(blocks), size)]
         return fold(segment, x, segments, "blocks")
     engine = keras.config.backend()
-    if engine == "torch" and jit_compile:
+    if engine == "torch" and pieces_are_compiled():
         function = torch_compiled(function)
+    elif engine == "tensorflow":
+        function = compiled_block(function)
     if remat == "blocks":
         function = rematerialized(function)
-    blocks = keras.tree.map_structure(
-        lambda value: None if value is None else ops.convert_to_tensor(value), blocks
-    )
+    blocks = keras.tree.map_structure(tensor_of, blocks)
     if engine == "jax" and len(blocks) >= SCANNED_BLOCKS:
         import jax
 
@@ -225,6 +304,18 @@ def fold(function, x, blocks, remat="none", jit_compile=False):
     for inputs in blocks:
         x = function(x, inputs)
     return x
+
+
+compiled_block = functools.cache(compiled)
+
+
+def tensor_of(value):
+    """The tensor behind a variable or tensor; `None` stays."""
+    if value is None or keras.config.backend() != "tensorflow":
+        return None if value is None else ops.convert_to_tensor(value)
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(value)  # Keras's leaves a variable as it is
 
 
 def segment_size(num_blocks):
@@ -293,20 +384,6 @@ def torch_compiled(function):
             return function(*args)
 
     return run
-
-
-def block_compilation(jit_compile):
-    """What `jit_compile` means for Keras and for the blocks: `(keras_jit_compile, blocks)`.
-
-    On PyTorch the blocks are compiled by themselves: of a whole model, `torch.compile` makes a
-    graph that takes minutes, and makes it anew in each step. `"auto"` compiles them on a GPU; on
-    a CPU the compiled blocks are no faster than the plain ones.
-    """
-    if keras.config.backend() != "torch":
-        return jit_compile, False
-    import torch
-
-    return False, torch.cuda.is_available() if jit_compile == "auto" else bool(jit_compile)
 
 
 def attention(query, key, value):
@@ -383,6 +460,39 @@ def onednn_function():
             return to_x, to_kernel
 
     return Product
+
+
+def move_towards(averages, values, momentum):
+    """`average = momentum * average + (1 - momentum) * value` for pairs of variables, in float32.
+
+    Args:
+        averages: List of variables.
+        values: List of variables of the same shapes.
+        momentum: float32 scalar tensor.
+    """
+    if keras.config.backend() == "torch":
+        import torch
+
+        averages, values = ([v.value for v in side] for side in (averages, values))
+        if averages and all(x.dtype == torch.float32 for x in (*averages, *values)):
+            with torch.no_grad():
+                if momentum.device.type == "cpu":
+                    torch._foreach_lerp_(averages, values, 1.0 - momentum.item())
+                else:  # a look at the number would wait for the GPU
+                    torch._foreach_mul_(averages, momentum)
+                    torch._foreach_add_(averages, torch._foreach_mul(values, 1.0 - momentum))
+            return
+        for average, value in zip(averages, values, strict=True):
+            average.data.copy_(moved(average.float(), value.float(), momentum))
+        return
+    for average, value in zip(averages, values, strict=True):
+        average.assign(moved(*map(tensor_of, (average, value, momentum))))
+
+
+@compiled
+def moved(average, value, momentum):
+    kept = momentum * ops.cast(average, "float32")
+    return kept + (1.0 - momentum) * ops.cast(value, "float32")
 
 
 def declare_shapes(inputs, shapes):
@@ -495,19 +605,6 @@ def call_in_tf_graph(function, array, shapes):
         name: tf.ensure_shape(output, shape)
         for (name, shape), output in zip(shapes.items(), outputs, strict=True)
     }
-
-
-def compiled(function, static_argnames=()):
-    """A pure function for eager use: JAX compiles it, the other backends run it as it is.
-
-    JAX would otherwise compile each single operation on its first use, which takes minutes.
-    Under a compiled step this changes nothing.
-    """
-    if keras.config.backend() != "jax":
-        return function
-    import jax
-
-    return jax.jit(function, static_argnames=static_argnames)
 
 
 def numpy_of(x):

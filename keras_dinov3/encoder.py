@@ -34,7 +34,6 @@ def encode(
     extras=None,
     is_local=False,
     remat="none",
-    jit_compile=False,
 ):
     """Runs `backbone`'s weights on images of any size and returns its tokens by kind.
 
@@ -60,8 +59,6 @@ def encode(
         remat: What the backward pass computes again to save memory: `"none"`, `"blocks"` (all
             within a block; the tokens between blocks are kept) or `"full"` (also those, but for
             one in about the square root of the number of blocks).
-        jit_compile: Whether PyTorch compiles the blocks, once for all of them and each shape.
-            Other backends compile the whole step around this or nothing.
 
     Returns:
         `Tokens` with `cls` `(B, D)`, `registers` `(B, R, D)` and `patches` `(B, N, D)`.
@@ -83,11 +80,11 @@ def encode(
         grid_size,
         num_prefix,
         extras,
-        len(x) if training else 0,
+        x.shape[0] if training else 0,
         drop_path_rate,
         seed,
     )
-    x = backend.fold(function, x, blocks, remat, jit_compile)
+    x = backend.fold(function, x, blocks, remat)
     return split_tokens(x, parts, num_prefix, extras, is_local and training)
 
 

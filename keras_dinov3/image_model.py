@@ -19,7 +19,7 @@ class ImageModel(keras.Model):
     """
 
     train_shapes = test_shapes = None  # of the arrays of a batch; known once data have been seen
-    compiles_blocks = False  # by `torch.compile`
+    compiles_pieces = False  # see `backend.compilation`
 
     def compile(
         self,
@@ -37,9 +37,10 @@ class ImageModel(keras.Model):
             loss: `None`.
             metrics: `None`.
             weighted_metrics: `None`.
-            jit_compile: `True`, `False` or `"auto"`. On PyTorch it is about the transformer blocks,
-                which are compiled once per crop size: `"auto"` does so on a GPU. TensorFlow and
-                JAX compile the whole step.
+            jit_compile: `True`, `False` or `"auto"`. JAX compiles the whole step. TensorFlow does
+                so at `True`; at `"auto"` it compiles the pieces that a step repeats, which is
+                ready sooner. PyTorch compiles its blocks, once per crop size: `"auto"` only on a
+                GPU.
             **kwargs: Other arguments of `keras.Model.compile`.
 
         Raises:
@@ -53,7 +54,7 @@ class ImageModel(keras.Model):
                 " Leave these out; how good the features are, `callbacks.KNN` says."
             )
         self.compiles = jit_compile
-        jit_compile, self.compiles_blocks = backend.block_compilation(jit_compile)
+        jit_compile, self.compiles_pieces = backend.compilation(jit_compile)
         super().compile(optimizer, jit_compile=jit_compile, **kwargs)
 
     def get_compile_config(self):
@@ -166,7 +167,7 @@ class ImageModel(keras.Model):
         )
 
     def test_step(self, *args):
-        with backend.after(args):
+        with backend.compiled_pieces(self.compiles_pieces), backend.after(args):
             return super().test_step(*args)
 
     def prepare(self, x, *args, training=True):

@@ -189,14 +189,15 @@ class DINOv3(ImageModel):
         self.built = True
 
     def train_step(self, *args):
-        return backend.step_then(self, super().train_step, args, self.update_teacher)
+        with backend.compiled_pieces(self.compiles_pieces):
+            return backend.step_then(self, super().train_step, args, self.update_teacher)
 
     def call(self, inputs, training=False):
         global_crops, local_crops, masks, slots = self.make_views(inputs, training)
         batch_size, num_crops = global_crops.shape[:2]
 
         def see(backbone, crops, **kwargs):
-            tokens = encode(backbone, merge(crops), jit_compile=self.compiles_blocks, **kwargs)
+            tokens = encode(backbone, merge(crops), **kwargs)
             return ops.reshape(tokens.cls, (batch_size, crops.shape[1], -1)), tokens.patches
 
         student = {
@@ -283,10 +284,8 @@ class DINOv3(ImageModel):
         if self.teacher_ema is not None:
             momentum = value_at(self.teacher_ema.momentum, self.step)
             momentum = ops.where(ticks > 0, momentum, 1.0)
-            for students, teachers in self.student_and_teacher:
-                for student, teacher in zip(students.weights, teachers.weights, strict=True):
-                    kept = momentum * ops.cast(teacher, "float32")
-                    teacher.assign(kept + (1.0 - momentum) * ops.cast(student, "float32"))
+            for student, teacher in self.student_and_teacher:
+                backend.move_towards(teacher.weights, student.weights, momentum)
         self.step.assign_add(ops.cast(ticks, "int32"))
 
     # What the step is made of

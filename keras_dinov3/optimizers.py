@@ -216,16 +216,17 @@ class AdamW(keras.optimizers.Optimizer):
             ops.cast(x, variable.dtype)
             for x in (rate, decay, rates.mean_correction, rates.square_correction)
         )
-        gradient = ops.cast(gradient, variable.dtype)
         mean, square = self.moments(variable)
-        new_mean = mean + (gradient - mean) * (1 - self.beta_1)
-        new_square = square + (ops.square(gradient) - square) * (1 - self.beta_2)
-        self.assign(mean, new_mean)
-        self.assign(square, new_square)
-        # Numerator and denominator times `square_correction`: one pass over the weights less.
-        scale = ops.sqrt(new_square) + self.epsilon * square_correction
-        move = (rate * square_correction / mean_correction) * new_mean / scale
-        self.assign(variable, variable * (1 - rate * decay) - move)
+        new_values = updated(
+            *map(backend.tensor_of, (variable, mean, square)),
+            ops.cast(gradient, variable.dtype),
+            *(rate, decay, mean_correction, square_correction),
+            beta_1=self.beta_1,
+            beta_2=self.beta_2,
+            epsilon=self.epsilon,
+        )
+        for target, value in zip((variable, mean, square), new_values, strict=True):
+            self.assign(target, value)
 
     def rates(self, learning_rate):
         """The `Rates` of the next update, given its learning rate."""
@@ -328,6 +329,31 @@ class AdamW(keras.optimizers.Optimizer):
         if not self._use_weight_decay(variable):  # the user's `exclude_from_weight_decay`
             decay = 0.0
         return Multipliers(rate, decay, role.kind == "last_layer")
+
+
+def _updated(
+    weight,
+    mean,
+    square,
+    gradient,
+    rate,
+    decay,
+    mean_correction,
+    square_correction,
+    beta_1,
+    beta_2,
+    epsilon,
+):
+    """A weight and its moments after an update of `AdamW`."""
+    mean = mean + (gradient - mean) * (1 - beta_1)
+    square = square + (ops.square(gradient) - square) * (1 - beta_2)
+    # Numerator and denominator times `square_correction`: one pass over the weights less.
+    scale = ops.sqrt(square) + epsilon * square_correction
+    move = (rate * square_correction / mean_correction) * mean / scale
+    return weight * (1 - rate * decay) - move, mean, square
+
+
+updated = backend.compiled(_updated, static_argnames=("beta_1", "beta_2", "epsilon"))
 
 
 def scaled_learning_rate(learning_rate, batch_size, rule="sqrt_wrt_1024"):

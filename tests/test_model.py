@@ -278,6 +278,7 @@ def test_every_argument_is_in_the_config():
         "koleo_weight": 0.3,
         "koleo_top_k": 2,
         "drop_path_rate": 0.1,
+        "remat": "full",
         "centering": kd.SoftmaxCentering(0.8),
         "sinkhorn_iterations": 2,
         "augmentation": tiny.multi_crop(num_local_crops=1),
