@@ -197,7 +197,7 @@ def blocks_of(
     subsets = [None] * num_blocks
     keep = max(1, int(batch_size * (1 - drop_path_rate)))
     if drop_path_rate and keep < batch_size:
-        subsets = random_subsets(num_blocks, batch_size, keep, seed)
+        subsets = ops.unstack(random_subsets(num_blocks, batch_size, keep, seed), num_blocks)
     blocks = []
     for layer, rope, subset in zip(parts.blocks, ropes, subsets, strict=True):
         weights = parts.block_weights(layer, dtype)

@@ -93,3 +93,114 @@ def test_full_tf_batches(labels):
     assert [tuple(s.shape) for s in specs] == [(3, 40, 36, 3), (3,)][: len(specs)]
     kept = [tf.nest.flatten(batch)[0].numpy() for batch in full]
     np.testing.assert_array_equal(np.concatenate(kept), images[:6])
+
+
+BACKEND = keras.config.backend()
+torch_only = pytest.mark.skipif(BACKEND != "torch", reason="what only PyTorch does")
+
+
+def affine_blocks(count):
+    rng = np.random.default_rng(count)
+    return [
+        {"kernel": rng.normal(size=(3, 3)).astype("float32"), "bias": (None, np.float32([i, 1, 2]))}
+        for i in range(count)
+    ]
+
+
+def affine(x, inputs):
+    return ops.tanh(ops.matmul(x, inputs["kernel"]) + inputs["bias"][1])
+
+
+@pytest.mark.parametrize("remat", ["none", "blocks", "full"])
+@pytest.mark.parametrize("count", [1, 3, 6])  # from 4 on, JAX scans
+def test_fold_equals_a_loop(count, remat):
+    x = expected = np.random.default_rng(0).normal(size=(5, 3)).astype("float32")
+    for inputs in affine_blocks(count):
+        expected = np.tanh(expected @ inputs["kernel"] + inputs["bias"][1])
+    actual = backend.fold(affine, ops.convert_to_tensor(x), affine_blocks(count), remat)
+    np.testing.assert_allclose(numpy(actual), expected, atol=1e-5)
+
+
+def test_segments_are_near_the_square_root():
+    assert [backend.segment_size(n) for n in (1, 2, 7, 12, 24, 32, 40)] == [1, 1, 1, 3, 4, 4, 5]
+
+
+def test_what_jit_compile_means():
+    meanings = {
+        "torch": {"auto": (False, False), True: (False, True), False: (False, False)},
+        "tensorflow": {"auto": (False, True), True: (True, False), False: (False, False)},
+        "jax": {"auto": ("auto", False), True: (True, False), False: (False, False)},
+    }
+    for given, meaning in meanings[BACKEND].items():
+        assert backend.compilation(given) == meaning
+
+
+def test_pieces_are_compiled_within_their_context_only():
+    calls = []
+
+    @backend.compiled
+    def double(x):
+        calls.append(x)
+        return 2.0 * x
+
+    with backend.compiled_pieces(True):
+        for _ in range(3):
+            y = double(ops.convert_to_tensor([1.0, 2.0]))
+    np.testing.assert_array_equal(numpy(y), [2.0, 4.0])
+    assert len(calls) == (3 if BACKEND == "torch" else 1)  # traced once
+    assert not backend.pieces_are_compiled()
+    double(ops.convert_to_tensor([1.0, 2.0]))
+    assert len(calls) == {"torch": 4, "tensorflow": 2, "jax": 1}[BACKEND]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_averages_move_in_float32(dtype):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape).astype("float32") for shape in ((3, 5), (2,))]
+    averages = [keras.Variable(array, dtype=dtype) for array in arrays]
+    values = [keras.Variable(2.0 - array, dtype="float32") for array in arrays]
+    backend.move_towards(averages, values, ops.convert_to_tensor(0.75, "float32"))
+    for average, array in zip(averages, arrays, strict=True):
+        start = numpy(ops.cast(ops.cast(array, dtype), "float32"))
+        tolerance = 1e-6 if dtype == "float32" else 2e-2
+        result = numpy(ops.cast(average, "float32"))
+        np.testing.assert_allclose(result, 0.75 * start + 0.25 * (2.0 - array), atol=tolerance)
+
+
+@torch_only
+def test_products_by_onednn():
+    import torch
+
+    rng = np.random.default_rng(0)
+    x, kernel, cotangent = (
+        torch.tensor(rng.normal(size=shape), dtype=torch.float32, requires_grad=True)
+        for shape in ((4, 7, 5), (5, 3), (4, 7, 3))
+    )
+    results = []
+    for product in (torch.matmul, backend.onednn_matmul):
+        y = product(x, kernel)
+        results.append([y, *torch.autograd.grad(y, (x, kernel), cotangent)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch_only
+def test_without_a_compiler_blocks_run_uncompiled_with_one_warning(monkeypatch):
+    import torch
+
+    def compile_nothing(function, **kwargs):
+        def run(*args):
+            raise torch._inductor.exc.InductorError(RuntimeError("no g++ here"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    blocks, x = affine_blocks(2), ops.convert_to_tensor(np.ones((5, 3), "float32"))
+    expected = numpy(backend.fold(affine, x, blocks))
+    with (
+        backend.compiled_pieces(True),
+        pytest.warns(UserWarning, match="could not compile") as seen,
+    ):
+        actual = backend.fold(lambda x, inputs: affine(x, inputs), x, blocks)
+    assert len(seen) == 1
+    np.testing.assert_array_equal(numpy(actual), expected)

@@ -3,11 +3,13 @@ import keras_hub
 import meta
 import numpy as np
 import pytest
-from golden import Golden, close, numpy
+from golden import Golden, close, numpy, variable_gradients
 from keras import ops
 
-from keras_dinov3 import EncoderExtras, encode_layers, encoder, families, rope
+from keras_dinov3 import EncoderExtras, backend, encode_layers, encoder, families, rope
 from keras_dinov3.encoder import encode
+
+BACKEND = keras.config.backend()
 
 
 def small_backbone(**config):
@@ -526,3 +528,50 @@ def test_a_single_period_is_the_smallest():
 @pytest.mark.parametrize(("ratio", "multiple", "width"), [(3, 8, 128), (4, 8, 176), (4, 64, 192)])
 def test_swiglu_width(ratio, multiple, width):
     assert families.swiglu_width(64, ratio, multiple) == width
+
+
+def test_recomputing_keeps_outputs_and_gradients():
+    backbone = small_backbone(num_layers=4, hidden_dim=24, num_heads=2, intermediate_dim=40)
+    x = ops.convert_to_tensor(images(5, 16, 24, 3))
+    masks = ops.convert_to_tensor(np.random.default_rng(1).random((5, 6)) < 0.4)
+
+    def loss_with(remat):
+        seed = keras.random.SeedGenerator(4)  # each time the same images skip a branch
+
+        def function():
+            tokens = encode(backbone, x, masks, True, 0.4, seed, remat=remat)
+            return ops.sum(ops.square(tokens.patches)) + ops.sum(tokens.cls[:, 0])
+
+        return function
+
+    weights = backbone.trainable_variables
+    expected, gradients = variable_gradients(loss_with("none"), weights)
+    for remat in ("blocks", "full"):
+        actual, again = variable_gradients(loss_with(remat), weights)
+        close(actual, numpy(expected), 1e-5, 1e-5)
+        for variable, a, b in zip(weights, again, gradients, strict=True):
+            assert np.max(np.abs(b)) > 0, variable.path
+            close(a, numpy(b), 1e-5 * np.max(np.abs(b)), 1e-5)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX compiles whole steps")
+def test_compiled_blocks_equal_plain_ones():
+    backbone = small_backbone(num_layers=3, hidden_dim=24, num_heads=2, intermediate_dim=40)
+    x = ops.convert_to_tensor(images(2, 16, 24, 3))
+    weights = [v for v in backbone.trainable_variables if "mask_token" not in v.path]
+
+    def function():
+        return ops.sum(ops.square(encode(backbone, x, training=True).patches))
+
+    expected, gradients = variable_gradients(function, weights)
+    with backend.compiled_pieces(True):
+        for _ in range(2):
+            actual, again = variable_gradients(function, weights)
+    close(actual, numpy(expected), 1e-5, 1e-5)
+    for a, b in zip(again, gradients, strict=True):
+        close(a, numpy(b), 1e-5 * np.max(np.abs(b)), 1e-5)
+    if BACKEND == "torch":
+        import torch
+
+        counters = torch._dynamo.utils.counters
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
