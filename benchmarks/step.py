@@ -6,8 +6,8 @@
 The first row is the whole step that `fit` runs, on images held ready, with crops and masks made in
 it. The others are its parts, each compiled by itself as the step compiles them: on JAX and
 TensorFlow one function, on torch what the model itself runs. Shares are of the whole step; they
-need not add up to 100 %, because a compiler treats the whole otherwise than the parts. `student`
-runs as in training, so that what the backward pass needs is kept. `losses` are given their targets,
+need not add up to 100 %, because a compiler treats the whole otherwise than the parts. On torch,
+`student` keeps what the backward pass needs, as in training. `losses` are given their targets,
 `sinkhorn` makes them. `forward` is all up to the loss, `backward` the loss with its gradients minus
 that. `ema` moves the teacher.
 
