@@ -11,8 +11,9 @@ clipping, the teacher's moving average. Sizes, prototypes, registers and dtype a
 Each contestant lives in a process of its own, kept alive, and is asked in turn for a few steps at
 a time, so that a machine that changes its speed slows all of them. The table has the first step
 (compilation in it), median and quartiles of single steps, the median over rounds of the ratio to
-the best peer of the same round, and the counted operations per second as a share of the fastest
-large matrix product that any contestant measured.
+the best peer of the same round, and `utilisation`: the counted operations per second as a share of
+`rate`, that of a large matrix product, of which each contestant makes one per round, in the
+contestant that is fastest at it.
 
 Peers:
 
@@ -329,13 +330,14 @@ def work(connection, name, setting, batch):
     """A contestant's process: makes its step, then runs as many as it is asked for."""
     try:
         _, builder, options = CONTESTANTS[name]
-        rate = measure.matmul_rate(setting.dtype)
+        matmul, matmul_flops = measure.matmul(setting.dtype)
         start = time.perf_counter()
         step = builder(setting, batch, **options)
         loss = step()
-        connection.send({"first": time.perf_counter() - start, "loss": loss, "rate": rate})
+        connection.send({"first": time.perf_counter() - start, "loss": loss})
         while count := connection.recv():
-            connection.send(measure.seconds(step, count))
+            (product,) = measure.seconds(matmul)
+            connection.send((measure.seconds(step, count), matmul_flops / product))
         connection.send(measure.peak_memory())
     except Exception:
         connection.send(traceback.format_exc())
@@ -396,14 +398,16 @@ def main():
         del contestant.rounds[0]  # warm-up
 
     flops = sum(setting.flops().values())
-    limit = max(contestant.made["rate"] for contestant in contestants)
-    medians = {c.name: [statistics.median(times) for times in c.rounds] for c in contestants}
+    rates = {c.name: statistics.median(rate for _, rate in c.rounds) for c in contestants}
+    limit = max(rates.values())
+    medians = {c.name: [statistics.median(times) for times, _ in c.rounds] for c in contestants}
     peers = [name for name in medians if not name.startswith("ours")]
     best = min(peers, key=lambda name: statistics.median(medians[name]), default=None)
     rows = []
     for contestant in contestants:
         row = {"contestant": contestant.name, **contestant.made}
-        row.update(measure.spread([t for times in contestant.rounds for t in times]))
+        row.update(measure.spread([t for times, _ in contestant.rounds for t in times]))
+        row["rate"] = rates[contestant.name]
         if best:
             pairs = zip(medians[contestant.name], medians[best], strict=True)
             ratios = measure.spread([mine / its for mine, its in pairs])
@@ -413,7 +417,7 @@ def main():
         row["rounds"] = contestant.rounds
         rows.append(row)
     title = (
-        f"{flops / 1e9:.0f} GFLOP a step; fastest matrix product {limit / 1e9:.0f} GFLOP/s; "
+        f"{flops / 1e9:.0f} GFLOP a step; matrix product {limit / 1e9:.0f} GFLOP/s; "
         f"best peer: {best}. Times in seconds."
     )
     formats = {

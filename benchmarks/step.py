@@ -12,7 +12,8 @@ need not add up to 100 %, because a compiler treats the whole otherwise than the
 that. `ema` moves the teacher.
 
 `GFLOP/s` is over the operations that `Setting.flops` in measure.py counts, `utilisation` that over
-a large matrix product in the same dtype, measured in this process before and after the steps.
+a large matrix product in the same dtype. Both that and the whole step are measured before and after
+the parts.
 The memory is the most that was held during the whole step, after it was compiled.
 
 Then, on a model so small that its step hardly takes time: what `fit` adds to each step on the host,
@@ -40,7 +41,7 @@ def time_parts(model, images, steps):
 
     trainable, others = model.trainable_variables, model.non_trainable_variables
     optimizer = model.optimizer
-    model.train_shapes = None  # the parts get other arrays than the step
+    shapes, model.train_shapes = model.train_shapes, None  # the parts get other arrays
     times = {}
 
     def part(name, function, *inputs, writes=()):
@@ -129,6 +130,7 @@ def time_parts(model, images, steps):
     times["backward"] = [both - forward for both in times["backward"]]
     part("optimizer", update, gradients, writes=[*trainable, *optimizer.variables])
     part("ema", move, writes=others)
+    model.train_shapes = shapes
     return times
 
 
@@ -189,15 +191,18 @@ def main():
     setting = Setting.of(arguments)
     model, images = setting.model(augmentation=setting.multi_crop()), setting.images()
 
-    rate = measure.matmul_rate(setting.dtype)
+    matmul, matmul_flops = measure.matmul(setting.dtype)
     step = measure.bare_step(model, images)
     (first,) = measure.seconds(step)
     measure.forget_peak_memory()
     measure.seconds(step)
-    whole = measure.seconds(step, arguments.steps)
+    whole, products = measure.seconds(step, arguments.steps), measure.seconds(matmul, 5)
     memory = measure.peak_memory()
-    times = {"step": whole, **time_parts(model, images, arguments.steps)}
-    rate = max(rate, measure.matmul_rate(setting.dtype))
+    times = time_parts(model, images, arguments.steps)
+    # Again: the machine may not be what it was when the parts began.
+    whole += measure.seconds(step, arguments.steps)
+    products += measure.seconds(matmul, 5)
+    times["step"], rate = whole, matmul_flops / statistics.median(products)
 
     flops = setting.flops()
     flops["step"] = sum(flops.values())

@@ -86,7 +86,7 @@ def test_step_times_every_part(tmp_path, monkeypatch, capsys):
     path = tmp_path / "step.json"
     arguments = flags(num_local_crops=1, json=path, steps=2, fit_steps=0)
     monkeypatch.setattr(sys, "argv", ["step.py", *arguments])
-    monkeypatch.setattr(measure, "matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(measure, "matmul", lambda dtype: (lambda: None, 2**20))
     step.main()
     content = json.loads(path.read_text())
     rows = {row["part"]: row for row in content["rows"]}
@@ -95,8 +95,8 @@ def test_step_times_every_part(tmp_path, monkeypatch, capsys):
     assert rows["forward"]["median"] > rows["losses"]["median"]
     parts = [rows[part]["GFLOP"] for part in ("teacher", "student", "heads", "backward")]
     np.testing.assert_allclose(rows["step"]["GFLOP"], sum(parts))
-    rate = rows["step"]["GFLOP"] / rows["step"]["median"]
-    np.testing.assert_allclose(rows["step"]["utilisation"], rate / 100)
+    rate = 1e9 * rows["step"]["GFLOP"] / rows["step"]["median"]
+    np.testing.assert_allclose(rows["step"]["utilisation"], rate / content["matmul_rate"])
     assert content["setting"]["prototypes"] == 11
     assert "utilisation" in capsys.readouterr().out
 
