@@ -1,0 +1,112 @@
+"""The scripts of `benchmarks/` run, and what they count is right."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import measure
+import scaling
+import step
+from measure import Setting
+
+TINY = {
+    "size": "Ti",
+    "num_layers": 1,
+    "patch_size": 8,
+    "global_crop_size": 32,
+    "local_crop_size": 16,
+    "num_local_crops": 3,
+    "batch_size": 2,
+    "prototypes": 11,
+}
+
+
+def flags(**settings):
+    return [f"--{name}={value}" for name, value in {**TINY, **settings}.items()]
+
+
+def test_flops_are_those_of_each_matrix_product():
+    setting = Setting(**TINY)
+    width, masked = 192, int(setting.masked_counts().sum())
+
+    def product(m, k, n):
+        return sum(2 for _ in range(m) for _ in range(n)) * k
+
+    def encoder(patches):  # of one crop: the patch embedding, and the block
+        length, head_dim = 1 + 4 + patches, 64
+        block = 4 * product(length, width, width)  # query, key, value, output
+        block += 3 * product(length, head_dim, length)  # three heads' scores
+        block += 3 * product(length, length, head_dim)  # and weighted values
+        block += product(length, width, 4 * width) + product(length, 4 * width, width)
+        return product(patches, 8 * 8 * 3, width), block
+
+    def head(rows):
+        sizes = (width, 2048, 2048, 256, 11)
+        return sum(product(rows, k, n) for k, n in zip(sizes, sizes[1:], strict=False))
+
+    (embed_global, block_global), (embed_local, block_local) = encoder(16), encoder(4)
+    embed, blocks = 4 * embed_global + 6 * embed_local, 4 * block_global + 6 * block_local
+    student_heads = head(4 + 6) + head(masked)
+    assert setting.flops() == {
+        "teacher": 4 * (embed_global + block_global),
+        "student": embed + blocks,
+        "heads": head(4) + head(masked) + student_heads,
+        "backward": embed + 2 * blocks + 2 * student_heads,
+    }
+
+
+def test_masks_are_as_many_as_block_masking_makes():
+    import keras_dinov3 as kd
+
+    for batch_size, size in [(2, 32), (3, 64), (8, 128)]:
+        setting = Setting(**{**TINY, "batch_size": batch_size, "global_crop_size": size})
+        expected = kd.BlockMasking().target_counts(batch_size, 2, (setting.grid, setting.grid))
+        assert sorted(setting.masked_counts()) == sorted(expected)
+        masks = setting.batch()["masks"]
+        assert masks.shape == (batch_size, 2, setting.grid**2)
+        assert sorted(masks.reshape(2 * batch_size, -1).sum(1)) == sorted(expected)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_exponent_of_an_exact_law(power):
+    x = np.array([1.0, 2.0, 4.0, 8.0])
+    constant, factor, found = measure.fitted_exponent(x, 3.0 + 2.0 * x**power)
+    np.testing.assert_allclose((constant, factor, found), (3.0, 2.0, power), rtol=0.05)
+    constant, _, found = measure.fitted_exponent(x[:3], 2.0 * x[:3] ** power)
+    assert constant == 0
+    np.testing.assert_allclose(found, power)
+
+
+def test_step_times_every_part(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "step.json"
+    arguments = flags(num_local_crops=1, json=path, steps=2, fit_steps=0)
+    monkeypatch.setattr(sys, "argv", ["step.py", *arguments])
+    monkeypatch.setattr(measure, "matmul", lambda dtype: (lambda: None, 2**20))
+    step.main()
+    content = json.loads(path.read_text())
+    rows = {row["part"]: row for row in content["rows"]}
+    assert list(rows) == ["step", *step.PARTS]
+    assert all(row["median"] > 0 for part, row in rows.items() if part != "backward")
+    assert rows["forward"]["median"] > rows["losses"]["median"]
+    parts = [rows[part]["GFLOP"] for part in ("teacher", "student", "heads", "backward")]
+    np.testing.assert_allclose(rows["step"]["GFLOP"], sum(parts))
+    rate = 1e9 * rows["step"]["GFLOP"] / rows["step"]["median"]
+    np.testing.assert_allclose(rows["step"]["utilisation"], rate / content["matmul_rate"])
+    assert content["setting"]["prototypes"] == 11
+    assert "utilisation" in capsys.readouterr().out
+
+
+def test_scaling_fits_an_axis(tmp_path, monkeypatch):
+    path = tmp_path / "scaling.json"
+    arguments = flags(json=path, rounds=1)
+    axes = ["--axes", "tokens", "--points", "2"]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *arguments, *axes])
+    scaling.main()
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["x"] for row in rows] == [1 + 4 + 16, 1 + 4 + 36]
+    assert "exponent" in rows[-1]
