@@ -5,16 +5,16 @@
 
 The first row is the whole step that `fit` runs, on images held ready, with crops and masks made in
 it. The others are its parts, each compiled by itself as the step compiles them: on JAX and
-TensorFlow one function, on torch what the model itself runs. Shares are of the whole step; they
-need not add up to 100 %, because a compiler treats the whole otherwise than the parts. On torch,
-`student` keeps what the backward pass needs, as in training. `losses` are given their targets,
-`sinkhorn` makes them. `forward` is all up to the loss, `backward` the loss with its gradients minus
-that. `ema` moves the teacher.
+TensorFlow one function, on torch what the model itself runs. Whole and parts take turns, one call
+each per round; a share is the median over rounds of part / whole. Shares need not add up to 100 %,
+because a compiler treats the whole otherwise than the parts. On torch, `student` keeps what the
+backward pass needs, as in training. `losses` are given their targets, `sinkhorn` makes them.
+`forward` is all up to the loss, `backward` the loss with its gradients minus that. `ema` moves the
+teacher.
 
 `GFLOP/s` is over the operations that `Setting.flops` in measure.py counts, `utilisation` that over
-a large matrix product in the same dtype. Both that and the whole step are measured before and after
-the parts.
-The memory is the most that was held during the whole step, after it was compiled.
+a large matrix product in the same dtype, which takes its turn like the parts. The memory is the
+most that was held during the whole step, after it was compiled.
 
 Then, on a model so small that its step hardly takes time: what `fit` adds to each step on the host,
 bare, and with a progress bar and a CSV log.
@@ -34,25 +34,23 @@ from measure import Setting
 PARTS = "crops masks teacher student heads sinkhorn losses forward backward optimizer ema".split()
 
 
-def time_parts(model, images, steps):
-    """Times of each part, a dict by name of lists of seconds."""
+def make_parts(model, images):
+    """The parts, a dict from name to a function that runs one and waits for it."""
     from keras_dinov3.encoder import encode
     from keras_dinov3.model import merge
 
     trainable, others = model.trainable_variables, model.non_trainable_variables
     optimizer = model.optimizer
     shapes, model.train_shapes = model.train_shapes, None  # the parts get other arrays
-    times = {}
+    parts = {}
 
     def part(name, function, *inputs, writes=()):
-        """Times a part under a name, and returns what it computes."""
+        """Adds a part under a name, and returns what it computes."""
         written = {id(variable) for variable in writes}
         reads = [v for v in [*trainable, *others, *optimizer.variables] if id(v) not in written]
         run = measure.compiled(function, reads, list(writes), model.jit_compile)
-        outputs = run(*inputs)
-        measure.seconds(lambda: run(*inputs))
-        times[name] = measure.seconds(lambda: run(*inputs), steps)
-        return outputs
+        parts[name] = lambda: run(*inputs)
+        return run(*inputs)
 
     def make_masks(crops):
         return model.make_views(crops, True)[2:]
@@ -126,12 +124,10 @@ def time_parts(model, images, steps):
     part("forward", loss, images)
     gradients_of = measure.loss_and_gradients(loss, trainable, others)
     _, gradients = part("backward", gradients_of, images)
-    forward = statistics.median(times["forward"])
-    times["backward"] = [both - forward for both in times["backward"]]
     part("optimizer", update, gradients, writes=[*trainable, *optimizer.variables])
     part("ema", move, writes=others)
     model.train_shapes = shapes
-    return times
+    return parts
 
 
 @contextlib.contextmanager
@@ -195,22 +191,28 @@ def main():
     step = measure.bare_step(model, images)
     (first,) = measure.seconds(step)
     measure.forget_peak_memory()
-    measure.seconds(step)
-    whole, products = measure.seconds(step, arguments.steps), measure.seconds(matmul, 5)
+    measure.seconds(step, 2)
     memory = measure.peak_memory()
-    times = time_parts(model, images, arguments.steps)
-    # Again: the machine may not be what it was when the parts began.
-    whole += measure.seconds(step, arguments.steps)
-    products += measure.seconds(matmul, 5)
-    times["step"], rate = whole, matmul_flops / statistics.median(products)
+    calls = {"step": step, "matmul": matmul, **make_parts(model, images)}
+    times = {name: [] for name in calls}
+    for round in range(arguments.steps + 1):
+        for name, call in calls.items():
+            (elapsed,) = measure.seconds(call)
+            if round:  # the first is a warm-up
+                times[name].append(elapsed)
+    pairs = zip(times["backward"], times["forward"], strict=True)
+    times["backward"] = [both - forward for both, forward in pairs]
 
+    rate = matmul_flops / statistics.median(times["matmul"])
     flops = setting.flops()
     flops["step"] = sum(flops.values())
     flops["forward"] = flops["step"] - flops["backward"]
     rows = []
     for name in ("step", *PARTS):
         row = {"part": name, **measure.spread(times[name])}
-        row["share"] = row["median"] / statistics.median(whole)
+        row["share"] = statistics.median(
+            part / whole for part, whole in zip(times[name], times["step"], strict=True)
+        )
         if name in flops:
             row["GFLOP"] = flops[name] / 1e9
             row["GFLOP/s"] = row["GFLOP"] / row["median"]
