@@ -36,6 +36,7 @@ PARTS = "crops masks teacher student heads sinkhorn losses forward backward opti
 
 def make_parts(model, images):
     """The parts, a dict from name to a function that runs one and waits for it."""
+    from keras_dinov3 import backend
     from keras_dinov3.encoder import encode
     from keras_dinov3.model import merge
 
@@ -44,11 +45,18 @@ def make_parts(model, images):
     shapes, model.train_shapes = model.train_shapes, None  # the parts get other arrays
     parts = {}
 
+    def in_step(function):
+        def run(*inputs):
+            with backend.compiled_pieces(model.compiles_pieces):
+                return function(*inputs)
+
+        return run
+
     def part(name, function, *inputs, writes=()):
         """Adds a part under a name, and returns what it computes."""
         written = {id(variable) for variable in writes}
         reads = [v for v in [*trainable, *others, *optimizer.variables] if id(v) not in written]
-        run = measure.compiled(function, reads, list(writes), model.jit_compile)
+        run = measure.compiled(in_step(function), reads, list(writes), model.jit_compile)
         parts[name] = lambda: run(*inputs)
         return run(*inputs)
 
@@ -64,6 +72,7 @@ def make_parts(model, images):
             "drop_path_rate": model.drop_path_rate,
             "seed": model.seed_generator,
             "extras": model.student_extras,
+            "remat": model.remat,
         }
         masks = None if masks is None else merge(masks)
         tokens = [encode(model.student, merge(crops["global_crops"]), masks=masks, **how)]
@@ -117,7 +126,10 @@ def make_parts(model, images):
     student = part("student", study, crops, masks)
     part("heads", heads, teacher, student, slots)
     outputs = measure.compiled(
-        lambda images: model(images, training=True), [*trainable, *others], (), model.jit_compile
+        in_step(lambda images: model(images, training=True)),
+        [*trainable, *others],
+        (),
+        model.jit_compile,
     )(images)
     targets = part("sinkhorn", sinkhorn, outputs)
     part("losses", losses, outputs, targets)

@@ -462,6 +462,38 @@ def onednn_function():
     return Product
 
 
+def assigning(function, static_argnames=()):
+    """A function that assigns to variables what a pure function makes of their values.
+
+    Args:
+        function: Pure function of the values of some variables and of further tensors. It returns
+            the new values.
+        static_argnames: Names of its arguments that are no tensors.
+
+    Returns:
+        Function of a tuple of variables, a tuple of tensors, and the static arguments by name.
+    """
+    pure = compiled(function, static_argnames)
+
+    def assign(variables, tensors, **static):
+        values = function(*variables, *tensors, **static)
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    in_place = functools.cache(lambda: xla_compiled(assign))  # TensorFlow: without copies
+
+    def run(variables, tensors, **static):
+        if keras.config.backend() == "tensorflow" and pieces_are_compiled():
+            variables = [v.value if isinstance(v, keras.Variable) else v for v in variables]
+            in_place()(variables, tensors, **static)
+            return
+        values = pure(*map(tensor_of, variables), *tensors, **static)
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    return run
+
+
 def move_towards(averages, values, momentum):
     """`average = momentum * average + (1 - momentum) * value` for pairs of variables, in float32.
 
@@ -473,26 +505,25 @@ def move_towards(averages, values, momentum):
     if keras.config.backend() == "torch":
         import torch
 
-        averages, values = ([v.value for v in side] for side in (averages, values))
-        if averages and all(x.dtype == torch.float32 for x in (*averages, *values)):
+        tensors = [[v.value for v in side] for side in (averages, values)]
+        if averages and all(x.dtype == torch.float32 for side in tensors for x in side):
             with torch.no_grad():
                 if momentum.device.type == "cpu":
-                    torch._foreach_lerp_(averages, values, 1.0 - momentum.item())
+                    torch._foreach_lerp_(*tensors, 1.0 - momentum.item())
                 else:  # a look at the number would wait for the GPU
-                    torch._foreach_mul_(averages, momentum)
-                    torch._foreach_add_(averages, torch._foreach_mul(values, 1.0 - momentum))
+                    torch._foreach_mul_(tensors[0], momentum)
+                    torch._foreach_add_(tensors[0], torch._foreach_mul(tensors[1], 1.0 - momentum))
             return
-        for average, value in zip(averages, values, strict=True):
-            average.data.copy_(moved(average.float(), value.float(), momentum))
-        return
     for average, value in zip(averages, values, strict=True):
-        average.assign(moved(*map(tensor_of, (average, value, momentum))))
+        move((average,), (tensor_of(value), momentum))
 
 
-@compiled
-def moved(average, value, momentum):
+def _moved(average, value, momentum):
     kept = momentum * ops.cast(average, "float32")
-    return kept + (1.0 - momentum) * ops.cast(value, "float32")
+    return (ops.cast(kept + (1.0 - momentum) * ops.cast(value, "float32"), average.dtype),)
+
+
+move = assigning(_moved)
 
 
 def declare_shapes(inputs, shapes):

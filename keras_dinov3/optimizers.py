@@ -216,17 +216,16 @@ class AdamW(keras.optimizers.Optimizer):
             ops.cast(x, variable.dtype)
             for x in (rate, decay, rates.mean_correction, rates.square_correction)
         )
-        mean, square = self.moments(variable)
-        new_values = updated(
-            *map(backend.tensor_of, (variable, mean, square)),
-            ops.cast(gradient, variable.dtype),
-            *(rate, decay, mean_correction, square_correction),
+        update(
+            (variable, *self.moments(variable)),
+            (
+                *(ops.cast(gradient, variable.dtype), rate, decay),
+                *(mean_correction, square_correction),
+            ),
             beta_1=self.beta_1,
             beta_2=self.beta_2,
             epsilon=self.epsilon,
         )
-        for target, value in zip((variable, mean, square), new_values, strict=True):
-            self.assign(target, value)
 
     def rates(self, learning_rate):
         """The `Rates` of the next update, given its learning rate."""
@@ -353,7 +352,7 @@ def _updated(
     return weight * (1 - rate * decay) - move, mean, square
 
 
-updated = backend.compiled(_updated, static_argnames=("beta_1", "beta_2", "epsilon"))
+update = backend.assigning(_updated, static_argnames=("beta_1", "beta_2", "epsilon"))
 
 
 def scaled_learning_rate(learning_rate, batch_size, rule="sqrt_wrt_1024"):
