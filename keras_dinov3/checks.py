@@ -15,8 +15,8 @@ from keras_dinov3.targets import SoftmaxCentering
 
 COUNTS = ("num_prototypes", "num_patch_prototypes", "head_hidden_dim", "head_bottleneck_dim")
 COUNTS += ("head_num_layers", "koleo_top_k", "koleo_crops", "sinkhorn_iterations")
-COUNTS += ("max_masked_patches",)
-OPTIONAL = ("num_patch_prototypes", "koleo_crops", "max_masked_patches")
+COUNTS += ("max_masked_patches", "prototype_chunk_size")
+OPTIONAL = ("num_patch_prototypes", "koleo_crops", "max_masked_patches", "prototype_chunk_size")
 CHOICES = {"ibot_average": ("crops", "patches"), "koleo_distance": ("euclidean", "cosine")}
 # Of backbones: settings that no shape of a weight shows.
 FUNCTION_SETTINGS = ("num_heads", "patch_size", "rope_theta", "hidden_activation", "layer_norm_eps")
@@ -34,6 +34,7 @@ def check_settings(model):
                 f"`{name}` must be an integer of at least 1{', or None' * (name in OPTIONAL)}. "
                 f"Received: {name}={value!r}."
             )
+    check_chunks(model.prototype_chunk_size, model.head_sizes)
     for name in ("student_temperature", "teacher_temperature"):
         check_range(name, getattr(model, name), above=0)
     for name, choices in CHOICES.items():
@@ -86,6 +87,20 @@ def check_settings(model):
                 grid_of(size, patch_size_of(backbone), f"{kind}_crop_size")
     if crops:
         check_pairs(crops["global"][0], crops["local"][0], model)
+
+
+def check_chunks(chunk_size, head_sizes):
+    """Says which chunks of prototypes would be of one size."""
+    common = math.gcd(*head_sizes.values())
+    if chunk_size is not None and common % chunk_size:
+        divisors = [n for n in range(1, common + 1) if common % n == 0]
+        nearest = sorted(sorted(divisors, key=lambda n: abs(n - chunk_size))[:2])
+        raise ValueError(
+            "`prototype_chunk_size` must divide the prototypes of both heads. Received: "
+            f"prototype_chunk_size={chunk_size}, num_prototypes={head_sizes['dino']}, "
+            f"num_patch_prototypes={head_sizes['ibot']}. "
+            f"Nearest: {', '.join(str(n) for n in nearest)}."
+        )
 
 
 def check_teacher(model):

@@ -14,9 +14,10 @@ from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import check_backbone, copy_of, patch_size_of, settle_positions
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.image_model import ImageModel, spread
-from keras_dinov3.losses import dino_loss, ibot_loss, koleo_loss
+from keras_dinov3.losses import koleo_loss
 from keras_dinov3.masking import BlockMasking, masked_slots
 from keras_dinov3.optimizers import set_roles
+from keras_dinov3.prototypes import dino_losses, ibot_losses, project
 from keras_dinov3.schedules import is_zero, value_at
 from keras_dinov3.targets import make_targets
 
@@ -69,6 +70,9 @@ class DINOv3(ImageModel):
         teacher_ema: `callbacks.TeacherEMA`; `"default"` is one with its defaults. `None`: the
             teacher is frozen, for distillation. A `TeacherEMA` among `fit`'s callbacks
             takes its place.
+        prototype_chunk_size: Int, a divisor of both numbers of prototypes. Logits are then made
+            and compared for that many prototypes at a time, in the backward pass once more: the
+            same losses and gradients in less memory and more time. `None`: all at once.
         seed: Int. Seeds the default augmentation and masking, and the drop path.
         **kwargs: Keyword arguments of `keras.Model`.
 
@@ -118,6 +122,7 @@ class DINOv3(ImageModel):
         extras=None,
         teacher=None,
         teacher_ema="default",
+        prototype_chunk_size=None,
         seed=None,
         **kwargs,
     ):
@@ -153,6 +158,7 @@ class DINOv3(ImageModel):
         self.koleo_distance = koleo_distance
         self.extras = extras
         self.teacher_ema = teacher_ema
+        self.prototype_chunk_size = prototype_chunk_size
         self.seed = seed
         self.student = backbone
         self.teacher = copy_of(backbone) if teacher is None else teacher
@@ -189,7 +195,7 @@ class DINOv3(ImageModel):
 
     def call(self, inputs, training=False):
         global_crops, local_crops, masks, slots = self.make_views(inputs, training)
-        batch_size, num_crops = global_crops.shape[:2]
+        batch_size, chunk = global_crops.shape[0], self.prototype_chunk_size
 
         def see(backbone, crops, **kwargs):
             tokens = encode(backbone, merge(crops), **kwargs)
@@ -207,17 +213,17 @@ class DINOv3(ImageModel):
         )
         outputs = {
             "student_cls": student_cls,  # (B, G, D)
-            "student_global": self.student_dino_head(student_cls),  # (B, G, K)
-            "teacher_global": ops.stop_gradient(self.teacher_dino_head(teacher_cls)),
+            "student_global": project(self.student_dino_head, student_cls, chunk),  # (B, G, K)
+            "teacher_global": project(self.teacher_dino_head, teacher_cls, chunk),
         }
         if local_crops is not None:
             local_cls, _ = see(self.student, local_crops, is_local=True, **student)
-            outputs["student_local"] = self.student_dino_head(local_cls)  # (B, L, K)
+            outputs["student_local"] = project(self.student_dino_head, local_cls, chunk)
         if slots is not None:
             student_patches = ops.take(merge(student_patches), slots.index, axis=0)  # (M, D)
             teacher_patches = ops.take(merge(teacher_patches), slots.index, axis=0)
-            outputs["student_patches"] = self.student_ibot_head(student_patches)  # (M, K)
-            outputs["teacher_patches"] = ops.stop_gradient(self.teacher_ibot_head(teacher_patches))
+            outputs["student_patches"] = project(self.student_ibot_head, student_patches, chunk)
+            outputs["teacher_patches"] = project(self.teacher_ibot_head, teacher_patches, chunk)
             outputs["slots"] = slots
         return outputs
 
@@ -239,11 +245,12 @@ class DINOv3(ImageModel):
         targets = self.class_targets(
             outputs["teacher_global"], teacher_temperature, training=training
         )
-        for kind in [kind for kind in pairs if pairs[kind] and not is_zero(self.dino_weight)]:
-            name, ignore_diagonal = f"dino_{kind}_loss", kind == "global" and self.ignore_diagonal
-            logits = outputs[f"student_{kind}"]
-            losses = dino_loss(targets, logits, student_temperature, ignore_diagonal)  # (B,)
-            terms[name] = ops.mean(losses)
+        kinds = [kind for kind in pairs if pairs[kind] and not is_zero(self.dino_weight)]
+        crops = {kind: outputs[f"student_{kind}"] for kind in kinds}
+        losses = dino_losses(targets, crops, student_temperature, self.ignore_diagonal)
+        for kind in kinds:
+            name = f"dino_{kind}_loss"
+            terms[name] = ops.mean(losses[kind])  # of (B,)
             share = pairs[kind] / sum(pairs.values())
             weights[name] = value_at(self.dino_weight, self.step) * share
             if kind == "local":
@@ -256,7 +263,7 @@ class DINOv3(ImageModel):
                 weights=slots.valid,
                 training=training,
             )
-            losses = ibot_loss(targets, outputs["student_patches"], student_temperature)  # (M,)
+            losses = ibot_losses(targets, outputs["student_patches"], student_temperature)  # (M,)
             batch_size = outputs["student_cls"].shape[0]
             losses = ops.segment_sum(losses * slots.weight, slots.image, batch_size)  # (B,)
             terms["ibot_loss"] = ops.mean(losses)
