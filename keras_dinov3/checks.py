@@ -94,7 +94,8 @@ def check_chunks(chunk_size, head_sizes):
     common = math.gcd(*head_sizes.values())
     if chunk_size is not None and common % chunk_size:
         divisors = [n for n in range(1, common + 1) if common % n == 0]
-        nearest = sorted(sorted(divisors, key=lambda n: abs(n - chunk_size))[:2])
+        nearest = [n for n in divisors if n < chunk_size][-1:]
+        nearest += [n for n in divisors if n > chunk_size][:1]
         raise ValueError(
             "`prototype_chunk_size` must divide the prototypes of both heads. Received: "
             f"prototype_chunk_size={chunk_size}, num_prototypes={head_sizes['dino']}, "

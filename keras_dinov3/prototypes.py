@@ -109,9 +109,7 @@ def cross_entropies(targets, logits, student_temperature):
             higher, total = add_chunk(peak, total, scores)
             scores = scores - higher[..., None]
             # No matmul: accelerators may round its inputs.
-            more = [
-                ops.sum(shares[:, t : t + 1] * scores, axis=-1) for t in range(shares.shape[1])
-            ]
+            more = [ops.sum(shares[:, t : t + 1] * scores, axis=-1) for t in range(shares.shape[1])]
             cross = cross + mass[:, :, None] * (peak - higher)[:, None] + ops.stack(more, axis=1)
             return higher, total, mass + ops.sum(shares, axis=-1), cross
 
