@@ -254,11 +254,7 @@ def check_crops(crops, model):
         masks, (height, width) = crops["masks"], crops["global_crops"].shape[2:4]
         num_patches = (height // patch_size) * (width // patch_size)
         shape = (*crops["global_crops"].shape[:2], num_patches)
-        if masks.shape != shape:
-            raise ValueError(
-                f"`masks` must have shape (images, global crops, patches)={shape}. "
-                f"Received: masks.shape={masks.shape}."
-            )
+        check_mask_shape(masks, shape)
         if not getattr(model.student, "use_mask_token", True):
             raise ValueError(
                 "`masks` need a backbone with a mask token. Received a backbone with "
@@ -272,6 +268,14 @@ def check_crops(crops, model):
                 "Raise it, or leave it None for a slot for every patch."
             )
     return crops
+
+
+def check_mask_shape(masks, shape):
+    if tuple(masks.shape) != shape:
+        raise ValueError(
+            f"`masks` must have shape (images, global crops, patches)={shape}. "
+            f"Received: masks.shape={tuple(masks.shape)}."
+        )
 
 
 def check_pixels(name, images, channels, rank, normalized=False):

@@ -8,7 +8,7 @@ from keras import ops
 from keras_dinov3 import backend
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
-from keras_dinov3.checks import check_settings, crops_of
+from keras_dinov3.checks import check_mask_shape, check_settings, crops_of
 from keras_dinov3.encoder import encode, grid_of
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import check_backbone, copy_of, patch_size_of, settle_positions
@@ -242,12 +242,11 @@ class DINOv3(ImageModel):
         pairs = {"global": num_global * others, "local": num_global * num_local}
         terms, weights = {}, {}
 
-        targets = self.class_targets(
-            outputs["teacher_global"], teacher_temperature, training=training
-        )
+        logits = outputs["teacher_global"]
+        targets = self.class_targets(logits, teacher_temperature, training=training)
         kinds = [kind for kind in pairs if pairs[kind] and not is_zero(self.dino_weight)]
-        crops = {kind: outputs[f"student_{kind}"] for kind in kinds}
-        losses = dino_losses(targets, crops, student_temperature, self.ignore_diagonal)
+        logits = {kind: outputs[f"student_{kind}"] for kind in kinds}
+        losses = dino_losses(targets, logits, student_temperature, self.ignore_diagonal)
         for kind in kinds:
             name = f"dino_{kind}_loss"
             terms[name] = ops.mean(losses[kind])  # of (B,)
@@ -256,13 +255,9 @@ class DINOv3(ImageModel):
             if kind == "local":
                 weights[name] = weights[name] * value_at(self.local_weight, self.step)
         if "slots" in outputs:
-            slots = outputs["slots"]
-            targets = self.patch_targets(
-                outputs["teacher_patches"],
-                teacher_temperature,
-                weights=slots.valid,
-                training=training,
-            )
+            slots, logits = outputs["slots"], outputs["teacher_patches"]
+            settings = {"weights": slots.valid, "training": training}
+            targets = self.patch_targets(logits, teacher_temperature, **settings)
             losses = ibot_losses(targets, outputs["student_patches"], student_temperature)  # (M,)
             batch_size = outputs["student_cls"].shape[0]
             losses = ops.segment_sum(losses * slots.weight, slots.image, batch_size)  # (B,)
@@ -308,11 +303,7 @@ class DINOv3(ImageModel):
 
         masks, slots = crops.get("masks"), None
         if masks is not None:
-            if tuple(masks.shape) != shape:
-                raise ValueError(
-                    f"`masks` must have shape (images, global crops, patches)={shape}. "
-                    f"Received: masks.shape={tuple(masks.shape)}."
-                )
+            check_mask_shape(masks, shape)
             masks = ops.cast(masks, "bool")
             num_slots = self.max_masked_patches or shape[0] * shape[1] * shape[2]
             slots = masked_slots(masks, num_slots, self.ibot_average)
@@ -349,11 +340,8 @@ class DINOv3(ImageModel):
     @property
     def head_sizes(self):
         """Prototypes of each head."""
-        patch = self.num_patch_prototypes
-        return {
-            "dino": self.num_prototypes,
-            "ibot": self.num_prototypes if patch is None else patch,
-        }
+        num_patch_prototypes = self.num_patch_prototypes or self.num_prototypes
+        return {"dino": self.num_prototypes, "ibot": num_patch_prototypes}
 
     @property
     def student_and_teacher(self):

@@ -65,6 +65,12 @@ def compiled(function):
     return [function]
 
 
+def ways_to_run(function):
+    """As it is and compiled; on JAX only compiled, since there each single operation would be."""
+    is_jax = keras.config.backend() == "jax"
+    return compiled(function) if is_jax else {function, *compiled(function)}
+
+
 # Targets
 
 
@@ -168,9 +174,9 @@ def make_targets(kind):
 def check_gradients(in_chunks, at_once, student, teacher):
     """Both functions have one value and one gradient of the student; the teacher has none."""
     arrays = [*student, *teacher]
-    expected, gradients = value_and_gradients(at_once, *arrays)
+    expected, gradients = value_and_gradients(compiled(at_once)[0], *arrays)
     gradients = gradients[: len(student)]
-    for function in [in_chunks, *compiled(in_chunks)]:
+    for function in ways_to_run(in_chunks):
         actual, others = value_and_gradients(function, *arrays)
         close(actual, expected, 1e-6, 0)
         for gradient, wanted in zip(others, gradients, strict=False):
@@ -379,12 +385,8 @@ def test_losses_and_gradients_of_the_model_are_the_same(chunk, settings):
         def total(model=model):
             return model.loss_and_terms(model(ready, training=True), training=True)[0]
 
-        terms = model.loss_and_terms(model(ready))[1]
-        terms = {name: float(ops.stop_gradient(value)) for name, value in terms.items()}
-        results[chunk_size] = terms, *variable_gradients(total, model.trainable_variables)
-    (terms, loss, gradients), (chunk_terms, chunk_loss, chunk_gradients) = results.values()
-    assert set(terms) == {"dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss"}
-    assert chunk_terms == pytest.approx(terms, rel=2e-6)
+        results[chunk_size] = variable_gradients(total, model.trainable_variables)
+    (loss, gradients), (chunk_loss, chunk_gradients) = results.values()
     close(chunk_loss, loss, 2e-6, 0)
     largest = max(np.abs(g).max() for g in gradients if g is not None)
     for name, actual, expected in zip(names, chunk_gradients, gradients, strict=True):
@@ -461,6 +463,6 @@ def test_loop_and_put():
 
     for num_rows in (1, 4):
         x = np.random.default_rng(0).normal(size=(num_rows, 3)).astype("float32")
-        for run in [function, *compiled(function)]:
+        for run in ways_to_run(function):
             actual = run(ops.convert_to_tensor(x))
             close(actual, x + np.arange(num_rows)[:, None], 1e-6, 0)
