@@ -34,7 +34,11 @@ HEAD = {"head_hidden_dim": 2048, "head_bottleneck_dim": 256, "head_num_layers": 
 
 # Further keyword arguments of `DINOv3` that the scripts take as flags: name to what `add_argument`
 # takes, such as {"drop_path_rate": {"type": float, "default": 0.0}}.
-OPTIONS = {"drop_path_rate": {"type": float, "default": 0.0}}
+OPTIONS = {
+    "drop_path_rate": {"type": float, "default": 0.0},
+    "remat": {"choices": ("none", "blocks", "full"), "default": "none"},
+    "prototype_chunk_size": {"type": int},
+}
 
 
 @dataclasses.dataclass

@@ -526,6 +526,75 @@ def _moved(average, value, momentum):
 move = assigning(_moved)
 
 
+def loop(count, body, carry):
+    """`carry = body(index, carry)` for each `index` below `count`, one after the other.
+
+    Compiled, it is a loop as well, so that one round's arrays are freed before the next.
+
+    Args:
+        count: Int.
+        body: Function of an int, or an int tensor, and the carry.
+        carry: Tuple of tensors, whose shapes and dtypes stay.
+
+    Returns:
+        The last carry.
+    """
+    if count == 1:
+        return body(0, carry)
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.while_loop(
+            lambda index, carry: index < count,
+            lambda index, carry: (index + 1, body(index, carry)),
+            (0, carry),
+            parallel_iterations=1,  # else rounds overlap, and so do their arrays
+        )[1]
+    return ops.fori_loop(0, count, body, carry)
+
+
+def put(array, part, starts):
+    """`array` with `part` written at `starts`; the caller must not use the old one any more.
+
+    On torch it is written in place, where `ops.slice_update` would copy the whole array.
+    """
+    if keras.config.backend() == "torch":
+        places = tuple(slice(i, i + n) for i, n in zip(starts, part.shape, strict=True))
+        array[places] = part
+        return array
+    return ops.slice_update(array, starts, part)
+
+
+def with_gradient(forward, backward):
+    """A function of tensors with a gradient of its own.
+
+    Args:
+        forward: Function `(*tensors) -> (value, saved)`; `value` is one tensor.
+        backward: Function `(saved, upstream) -> gradients`, a tuple with one for each tensor, or
+            `None` for those that get none. It must not use other tensors of the caller.
+
+    Returns:
+        Function `(*tensors) -> value`.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        function = jax.custom_vjp(lambda *tensors: forward(*tensors)[0])
+        function.defvjp(forward, backward)
+        return function
+
+    @ops.custom_gradient
+    def function(*tensors):
+        value, saved = forward(*tensors)
+
+        def gradient(*given, upstream=None):  # torch gives `tensors` and `upstream` by name
+            return backward(saved, given[0] if upstream is None else upstream)
+
+        return value, gradient
+
+    return function
+
+
 def declare_shapes(inputs, shapes):
     """TensorFlow's data pipelines and retraced functions forget sizes; this puts them back."""
     if keras.config.backend() != "tensorflow" or shapes is None:

@@ -15,8 +15,8 @@ from keras_dinov3.targets import SoftmaxCentering
 
 COUNTS = ("num_prototypes", "num_patch_prototypes", "head_hidden_dim", "head_bottleneck_dim")
 COUNTS += ("head_num_layers", "koleo_top_k", "koleo_crops", "sinkhorn_iterations")
-COUNTS += ("max_masked_patches",)
-OPTIONAL = ("num_patch_prototypes", "koleo_crops", "max_masked_patches")
+COUNTS += ("max_masked_patches", "prototype_chunk_size")
+OPTIONAL = ("num_patch_prototypes", "koleo_crops", "max_masked_patches", "prototype_chunk_size")
 CHOICES = {"ibot_average": ("crops", "patches"), "koleo_distance": ("euclidean", "cosine")}
 # Of backbones: settings that no shape of a weight shows.
 FUNCTION_SETTINGS = ("num_heads", "patch_size", "rope_theta", "hidden_activation", "layer_norm_eps")
@@ -34,6 +34,7 @@ def check_settings(model):
                 f"`{name}` must be an integer of at least 1{', or None' * (name in OPTIONAL)}. "
                 f"Received: {name}={value!r}."
             )
+    check_chunks(model.prototype_chunk_size, model.head_sizes)
     for name in ("student_temperature", "teacher_temperature"):
         check_range(name, getattr(model, name), above=0)
     for name, choices in CHOICES.items():
@@ -90,6 +91,21 @@ def check_settings(model):
                 grid_of(size, patch_size_of(backbone), f"{kind}_crop_size")
     if crops:
         check_pairs(crops["global"][0], crops["local"][0], model)
+
+
+def check_chunks(chunk_size, head_sizes):
+    """Says which chunks of prototypes would be of one size."""
+    common = math.gcd(*head_sizes.values())
+    if chunk_size is not None and common % chunk_size:
+        divisors = [n for n in range(1, common + 1) if common % n == 0]
+        nearest = [n for n in divisors if n < chunk_size][-1:]
+        nearest += [n for n in divisors if n > chunk_size][:1]
+        raise ValueError(
+            "`prototype_chunk_size` must divide the prototypes of both heads. Received: "
+            f"prototype_chunk_size={chunk_size}, num_prototypes={head_sizes['dino']}, "
+            f"num_patch_prototypes={head_sizes['ibot']}. "
+            f"Nearest: {', '.join(str(n) for n in nearest)}."
+        )
 
 
 def check_teacher(model):
@@ -242,11 +258,7 @@ def check_crops(crops, model):
         masks, (height, width) = crops["masks"], crops["global_crops"].shape[2:4]
         num_patches = (height // patch_size) * (width // patch_size)
         shape = (*crops["global_crops"].shape[:2], num_patches)
-        if masks.shape != shape:
-            raise ValueError(
-                f"`masks` must have shape (images, global crops, patches)={shape}. "
-                f"Received: masks.shape={masks.shape}."
-            )
+        check_mask_shape(masks, shape)
         if not getattr(model.student, "use_mask_token", True):
             raise ValueError(
                 "`masks` need a backbone with a mask token. Received a backbone with "
@@ -260,6 +272,14 @@ def check_crops(crops, model):
                 "Raise it, or leave it None for a slot for every patch."
             )
     return crops
+
+
+def check_mask_shape(masks, shape):
+    if tuple(masks.shape) != shape:
+        raise ValueError(
+            f"`masks` must have shape (images, global crops, patches)={shape}. "
+            f"Received: masks.shape={tuple(masks.shape)}."
+        )
 
 
 def check_pixels(name, images, channels, rank, normalized=False):

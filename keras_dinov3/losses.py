@@ -47,14 +47,21 @@ def dino_loss(y_true, y_pred, student_temperature=0.1, ignore_diagonal=False):
             "`ignore_diagonal` needs two crops on one side. Received: "
             f"y_true.shape={tuple(y_true.shape)}, y_pred.shape={tuple(y_pred.shape)}."
         )
-    keep = ops.ones((num_teacher, num_student), "float32")
-    if ignore_diagonal:
-        keep = keep - ops.eye(num_teacher, num_student, dtype="float32")
     y_true = ops.cast(y_true, "float32")
     log_probs = ops.log_softmax(ops.cast(y_pred, "float32") / student_temperature)  # (B, S, K)
-    # A product and a sum per teacher crop: accelerators may round the inputs of a matmul.
-    losses = [-ops.sum(y_true[:, t : t + 1] * log_probs, axis=-1) for t in range(num_teacher)]
-    return ops.sum(ops.stack(losses, axis=1) * keep, axis=(1, 2)) / ops.sum(keep)
+    # The sum of the teacher crops that each student crop is compared with: one product then does
+    # for all of them. (No matmul: accelerators may round its inputs.)
+    num_pairs = num_teacher * num_student
+    wanted = ops.sum(y_true, axis=1, keepdims=True)  # (B, 1, K)
+    if ignore_diagonal:
+        num_same = min(num_teacher, num_student)
+        others = [
+            sum((y_true[:, t] for t in range(num_teacher) if t != s), ops.zeros_like(y_true[:, 0]))
+            for s in range(num_same)
+        ]
+        others += [wanted[:, 0]] * (num_student - num_same)
+        wanted, num_pairs = ops.stack(others, axis=1), num_pairs - num_same  # (B, S, K)
+    return -ops.sum(wanted * log_probs, axis=(1, 2)) / num_pairs
 
 
 def ibot_loss(y_true, y_pred, student_temperature=0.1):

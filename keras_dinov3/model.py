@@ -8,15 +8,16 @@ from keras import ops
 from keras_dinov3 import backend
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
-from keras_dinov3.checks import check_settings, crops_of
+from keras_dinov3.checks import check_mask_shape, check_settings, crops_of
 from keras_dinov3.encoder import encode, grid_of
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import check_backbone, copy_of, patch_size_of, settle_positions
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.image_model import ImageModel, spread
-from keras_dinov3.losses import dino_loss, ibot_loss, koleo_loss
+from keras_dinov3.losses import koleo_loss
 from keras_dinov3.masking import BlockMasking, masked_slots
 from keras_dinov3.optimizers import set_roles
+from keras_dinov3.prototypes import dino_losses, ibot_losses, project
 from keras_dinov3.schedules import is_zero, value_at
 from keras_dinov3.targets import make_targets
 
@@ -71,6 +72,9 @@ class DINOv3(ImageModel):
         teacher_ema: `callbacks.TeacherEMA`; `"default"` is one with its defaults. `None`: the
             teacher is frozen, for distillation. A `TeacherEMA` among `fit`'s callbacks
             takes its place.
+        prototype_chunk_size: Int, a divisor of both numbers of prototypes. Logits are then made
+            and compared for that many prototypes at a time, in the backward pass once more: the
+            same losses and gradients in less memory and more time. `None`: all at once.
         seed: Int. Seeds the default augmentation and masking, and the drop path.
         **kwargs: Keyword arguments of `keras.Model`.
 
@@ -121,6 +125,7 @@ class DINOv3(ImageModel):
         extras=None,
         teacher=None,
         teacher_ema="default",
+        prototype_chunk_size=None,
         seed=None,
         **kwargs,
     ):
@@ -157,6 +162,7 @@ class DINOv3(ImageModel):
         self.koleo_distance = koleo_distance
         self.extras = extras
         self.teacher_ema = teacher_ema
+        self.prototype_chunk_size = prototype_chunk_size
         self.seed = seed
         self.student = backbone
         self.teacher = copy_of(backbone) if teacher is None else teacher
@@ -194,7 +200,7 @@ class DINOv3(ImageModel):
 
     def call(self, inputs, training=False):
         global_crops, local_crops, masks, slots = self.make_views(inputs, training)
-        batch_size, num_crops = global_crops.shape[:2]
+        batch_size, chunk = global_crops.shape[0], self.prototype_chunk_size
 
         def see(backbone, crops, **kwargs):
             tokens = encode(backbone, merge(crops), **kwargs)
@@ -213,17 +219,17 @@ class DINOv3(ImageModel):
         )
         outputs = {
             "student_cls": student_cls,  # (B, G, D)
-            "student_global": self.student_dino_head(student_cls),  # (B, G, K)
-            "teacher_global": ops.stop_gradient(self.teacher_dino_head(teacher_cls)),
+            "student_global": project(self.student_dino_head, student_cls, chunk),  # (B, G, K)
+            "teacher_global": project(self.teacher_dino_head, teacher_cls, chunk),
         }
         if local_crops is not None:
             local_cls, _ = see(self.student, local_crops, is_local=True, **student)
-            outputs["student_local"] = self.student_dino_head(local_cls)  # (B, L, K)
+            outputs["student_local"] = project(self.student_dino_head, local_cls, chunk)
         if slots is not None:
             student_patches = ops.take(merge(student_patches), slots.index, axis=0)  # (M, D)
             teacher_patches = ops.take(merge(teacher_patches), slots.index, axis=0)
-            outputs["student_patches"] = self.student_ibot_head(student_patches)  # (M, K)
-            outputs["teacher_patches"] = ops.stop_gradient(self.teacher_ibot_head(teacher_patches))
+            outputs["student_patches"] = project(self.student_ibot_head, student_patches, chunk)
+            outputs["teacher_patches"] = project(self.teacher_ibot_head, teacher_patches, chunk)
             outputs["slots"] = slots
         return outputs
 
@@ -242,27 +248,23 @@ class DINOv3(ImageModel):
         pairs = {"global": num_global * others, "local": num_global * num_local}
         terms, weights = {}, {}
 
-        targets = self.class_targets(
-            outputs["teacher_global"], teacher_temperature, training=training
-        )
-        for kind in [kind for kind in pairs if pairs[kind] and not is_zero(self.dino_weight)]:
-            name, ignore_diagonal = f"dino_{kind}_loss", kind == "global" and self.ignore_diagonal
-            logits = outputs[f"student_{kind}"]
-            losses = dino_loss(targets, logits, student_temperature, ignore_diagonal)  # (B,)
-            terms[name] = ops.mean(losses)
+        logits = outputs["teacher_global"]
+        targets = self.class_targets(logits, teacher_temperature, training=training)
+        kinds = [kind for kind in pairs if pairs[kind] and not is_zero(self.dino_weight)]
+        logits = {kind: outputs[f"student_{kind}"] for kind in kinds}
+        losses = dino_losses(targets, logits, student_temperature, self.ignore_diagonal)
+        for kind in kinds:
+            name = f"dino_{kind}_loss"
+            terms[name] = ops.mean(losses[kind])  # of (B,)
             share = pairs[kind] / sum(pairs.values())
             weights[name] = value_at(self.dino_weight, self.step) * share
             if kind == "local":
                 weights[name] = weights[name] * value_at(self.local_weight, self.step)
         if "slots" in outputs:
-            slots = outputs["slots"]
-            targets = self.patch_targets(
-                outputs["teacher_patches"],
-                teacher_temperature,
-                weights=slots.valid,
-                training=training,
-            )
-            losses = ibot_loss(targets, outputs["student_patches"], student_temperature)  # (M,)
+            slots, logits = outputs["slots"], outputs["teacher_patches"]
+            settings = {"weights": slots.valid, "training": training}
+            targets = self.patch_targets(logits, teacher_temperature, **settings)
+            losses = ibot_losses(targets, outputs["student_patches"], student_temperature)  # (M,)
             batch_size = outputs["student_cls"].shape[0]
             losses = ops.segment_sum(losses * slots.weight, slots.image, batch_size)  # (B,)
             terms["ibot_loss"] = ops.mean(losses)
@@ -305,11 +307,7 @@ class DINOv3(ImageModel):
 
         masks, slots = crops.get("masks"), None
         if masks is not None:
-            if tuple(masks.shape) != shape:
-                raise ValueError(
-                    f"`masks` must have shape (images, global crops, patches)={shape}. "
-                    f"Received: masks.shape={tuple(masks.shape)}."
-                )
+            check_mask_shape(masks, shape)
             masks = ops.cast(masks, "bool")
             num_slots = self.max_masked_patches or shape[0] * shape[1] * shape[2]
             slots = masked_slots(masks, num_slots, self.ibot_average)
@@ -346,11 +344,8 @@ class DINOv3(ImageModel):
     @property
     def head_sizes(self):
         """Prototypes of each head."""
-        patch = self.num_patch_prototypes
-        return {
-            "dino": self.num_prototypes,
-            "ibot": self.num_prototypes if patch is None else patch,
-        }
+        num_patch_prototypes = self.num_patch_prototypes or self.num_prototypes
+        return {"dino": self.num_prototypes, "ibot": num_patch_prototypes}
 
     @property
     def student_and_teacher(self):

@@ -1,11 +1,14 @@
 """Teacher logits in, target probabilities out: `sinkhorn_knopp` and `SoftmaxCentering`."""
 
+import functools
+
 import keras
 from keras import ops
 
+from keras_dinov3 import backend
+from keras_dinov3.prototypes import LOWEST, FactoredLogits, FactoredTargets, add_chunk
 from keras_dinov3.schedules import check_range
 
-NOTHING = -1e30  # a finite log(0): the exponential of a score this far below others is exactly 0
 SMALLEST_SUM = 1e-30  # reached only if all weights are 0
 
 
@@ -19,6 +22,7 @@ def sinkhorn_knopp(logits, temperature, num_iterations=3, weights=None):
 
     Args:
         logits: Teacher logits, shape `(..., K)`, any float dtype. All leading axes are samples.
+            Or `FactoredLogits`: then all is done chunk by chunk.
         temperature: Positive float or scalar tensor that divides `logits`.
         num_iterations: Int, at least 1. Defaults to 3.
         weights: Optional, shape `(...)`: how much each sample counts in the sums over samples; 1
@@ -27,8 +31,8 @@ def sinkhorn_knopp(logits, temperature, num_iterations=3, weights=None):
             last sample axis change no addition (see `pairwise_sum`). Defaults to `None`, all 1.
 
     Returns:
-        float32 tensor of shape `(..., K)`. The last axis sums to 1, or is 0 where `weights` are.
-        No gradient flows through it.
+        float32 tensor of shape `(..., K)`, or `FactoredTargets`. The last axis sums to 1, or is 0
+        where `weights` are. No gradient flows through it.
 
     Raises:
         ValueError: If `temperature` is not positive, `num_iterations` is less than 1 or the shape
@@ -44,20 +48,77 @@ def sinkhorn_knopp(logits, temperature, num_iterations=3, weights=None):
             "`num_iterations` must be an integer of at least 1. "
             f"Received: num_iterations={num_iterations!r}."
         )
+    if weights is not None:
+        weights = _column(weights, logits)
+    if isinstance(logits, FactoredLogits):
+        return _sinkhorn_in_chunks(logits, temperature, num_iterations, weights)
     scores = ops.stop_gradient(ops.cast(logits, "float32") / temperature)
     if weights is not None:
-        weights = _column(weights, scores)
-        scores = ops.where(weights > 0, scores, NOTHING)
+        scores = ops.where(weights > 0, scores, LOWEST)
     # The log of what each prototype is divided by, (K,). It starts from the largest score, so that
     # nothing overflows and the first sum over samples is at least 1; later ones are at least 1 / K.
     log_scale = ops.max(scores, axis=tuple(range(len(scores.shape) - 1)))
-    shares = ops.exp(scores - log_scale)
-    for _ in range(num_iterations):
-        if weights is not None:
-            shares = shares * weights
-        log_scale = log_scale + ops.log(ops.maximum(_sum_over_samples(shares), SMALLEST_SUM))
-        shares = ops.softmax(scores - log_scale, axis=-1)
+    log_scale = log_scale + _log_of_sum(ops.exp(scores - log_scale), weights)
+    for _ in range(num_iterations - 1):
+        log_scale = log_scale + _log_of_sum(ops.softmax(scores - log_scale), weights)
+    shares = ops.softmax(scores - log_scale)
     return shares if weights is None else ops.where(weights > 0, shares, 0.0)
+
+
+def _sinkhorn_in_chunks(logits, temperature, num_iterations, weights):
+    """The same for `FactoredLogits`, with one pass over the chunks per iteration."""
+    targets = _before_any_chunk(logits, temperature, weights)
+    targets = _divide_in_chunks(targets, weights, is_first=True)
+    for _ in range(num_iterations - 1):
+        targets = _divide_in_chunks(targets, weights)
+    return _without_padding(targets, weights)
+
+
+def _divide_in_chunks(targets, weights, is_first=False):
+    """Divides prototypes by their sums over samples, then samples by their sums over prototypes.
+
+    A prototype's sum needs its own chunk only, and a sample's is added up from chunk to chunk.
+    """
+
+    def divide(index, carry):
+        offsets, peak, total = carry
+        scores = targets.scores(index)
+        if is_first:
+            kept = scores if weights is None else ops.where(weights > 0, scores, LOWEST)
+            offset = ops.max(kept, axis=tuple(range(len(scores.shape) - 1)))
+            shares = ops.exp(kept - offset)
+        else:
+            offset, shares = targets.offsets[index], targets.chunk(index, scores)
+        offset = offset + _log_of_sum(shares, weights)
+        offsets = backend.put(offsets, offset[None], (index, 0))
+        return offsets, *add_chunk(peak, total, scores - offset)
+
+    start = _before_any_chunk(targets.logits, targets.temperature)
+    carry = start.offsets, start.peak, start.total
+    offsets, peak, total = backend.loop(targets.logits.kernel.shape[1], divide, carry)
+    return targets._replace(offsets=offsets, peak=peak, total=total)
+
+
+def _before_any_chunk(logits, temperature, weights=None):
+    """`FactoredTargets` whose sums have not begun, in which padded slots hold zeros."""
+    vectors, kernel = ops.stop_gradient(logits.vectors), ops.stop_gradient(logits.kernel)
+    if weights is not None:
+        vectors = ops.where(weights > 0, vectors, ops.zeros_like(vectors))
+    rows = ops.zeros(vectors.shape[:-1], "float32")
+    return FactoredTargets(
+        FactoredLogits(vectors, kernel),
+        ops.convert_to_tensor(temperature, "float32"),
+        offsets=ops.zeros(kernel.shape[1:], "float32"),
+        peak=rows + LOWEST,
+        total=rows,
+    )
+
+
+def _without_padding(targets, weights):
+    if weights is None:
+        return targets
+    total = ops.where(weights[..., 0] > 0, targets.total, float("inf"))
+    return targets._replace(total=total)
 
 
 @keras.saving.register_keras_serializable(package="keras_dinov3")
@@ -86,8 +147,8 @@ class SoftmaxCentering(keras.layers.Layer):
             only made in training; inside a model, to the model's mode.
 
     Returns:
-        float32 tensor of shape `(..., K)`. The last axis sums to 1, or is 0 where `weights` are.
-        No gradient flows through it.
+        float32 tensor of shape `(..., K)`, or `FactoredTargets`. The last axis sums to 1, or is 0
+        where `weights` are. No gradient flows through it.
 
     Raises:
         ValueError: If `momentum` is outside 0 to 1, `initial` is unknown, `temperature` is not
@@ -128,23 +189,26 @@ class SoftmaxCentering(keras.layers.Layer):
 
     def call(self, logits, temperature, weights=None, training=True):
         check_range("temperature", temperature, above=0)
-        logits = ops.stop_gradient(ops.cast(logits, "float32"))
         if weights is not None:
             weights = _column(weights, logits)
-            logits = ops.where(weights > 0, logits, 0.0)
         center = ops.convert_to_tensor(self.center)
-        probabilities = ops.softmax((logits - center) / temperature, axis=-1)
-        if weights is not None:
-            probabilities = ops.where(weights > 0, probabilities, 0.0)
+        if isinstance(logits, FactoredLogits):
+            probabilities, sums = _center_in_chunks(logits, center, temperature, weights)
+        else:
+            logits = ops.stop_gradient(ops.cast(logits, "float32"))
+            if weights is not None:
+                logits = ops.where(weights > 0, logits, 0.0)
+            probabilities = ops.softmax((logits - center) / temperature, axis=-1)
+            if weights is not None:
+                probabilities = ops.where(weights > 0, probabilities, 0.0)
+            sums = _sum_over_samples(logits, weights)
         if training:
-            self._move(center, logits, weights)
-        return ops.stop_gradient(probabilities)
+            samples = ops.ones((*logits.shape[:-1], 1), "float32")
+            self._move(center, sums, _sum_over_samples(samples, weights))
+        return keras.tree.map_structure(ops.stop_gradient, probabilities)
 
-    def _move(self, center, logits, weights):
-        if weights is None:
-            weights = ops.ones_like(logits[..., :1])
-        total = _sum_over_samples(weights)  # (1,)
-        mean = _sum_over_samples(logits * weights) / ops.where(total > 0, total, 1.0)
+    def _move(self, center, sums, total):
+        mean = sums / ops.where(total > 0, total, 1.0)
         momentum = self.momentum
         if self.has_center is not None:
             has_center = ops.convert_to_tensor(self.has_center)
@@ -155,6 +219,23 @@ class SoftmaxCentering(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "momentum": self.momentum, "initial": self.initial}
+
+
+def _center_in_chunks(logits, center, temperature, weights):
+    """Of `FactoredLogits`, the centered targets, and the sums over samples `(K,)`."""
+    targets = _before_any_chunk(logits, temperature, weights)
+    offsets = ops.reshape(center, targets.offsets.shape) / temperature
+
+    def add(index, carry):
+        sums, peak, total = carry
+        chunk = targets.logits.chunk(index)
+        sums = backend.put(sums, _sum_over_samples(chunk, weights)[None], (index, 0))
+        return sums, *add_chunk(peak, total, chunk / targets.temperature - offsets[index])
+
+    carry = targets.offsets, targets.peak, targets.total
+    sums, peak, total = backend.loop(logits.kernel.shape[1], add, carry)
+    targets = targets._replace(offsets=offsets, peak=peak, total=total)
+    return _without_padding(targets, weights), ops.reshape(sums, center.shape)
 
 
 def pairwise_sum(x):
@@ -173,17 +254,23 @@ def pairwise_sum(x):
     """
     if not x.shape[-2]:  # empty, or unknown
         return ops.sum(x, axis=-2)
+    last = []  # rows that had no neighbour, from the end of the axis to its start
     while x.shape[-2] > 1:
-        *before, length, width = x.shape
-        if length % 2:
-            x = ops.pad(x, [(0, 0)] * len(before) + [(0, 1), (0, 0)])
-        x = ops.reshape(x, (*before, (length + 1) // 2, 2, width))
-        x = x[..., 0, :] + x[..., 1, :]  # not `ops.sum`: XLA would merge the levels into one
-    return ops.squeeze(x, axis=-2)
+        if x.shape[-2] % 2:
+            last.append(x[..., -1, :])
+            x = x[..., :-1, :]
+        x = x[..., 0::2, :] + x[..., 1::2, :]  # not `ops.sum`: XLA would merge levels into one
+    return functools.reduce(lambda total, row: row + total, [*last, x[..., 0, :]])
 
 
-def _sum_over_samples(x):
+def _log_of_sum(shares, weights):
+    """The log of the sum over samples, `(..., K)` to `(K,)`."""
+    return ops.log(ops.maximum(_sum_over_samples(shares, weights), SMALLEST_SUM))
+
+
+def _sum_over_samples(x, weights=None):
     """Sum over all axes but the last; the one place that would also sum over devices."""
+    x = x if weights is None else x * weights
     x = pairwise_sum(x) if len(x.shape) > 1 else x
     return ops.sum(x, axis=tuple(range(len(x.shape) - 1)))
 

@@ -267,7 +267,7 @@ def test_parts_that_are_frozen_stay_so(tmp_path):
 def test_every_argument_is_in_the_config():
     arguments = {
         "num_prototypes": 9,
-        "num_patch_prototypes": 7,
+        "num_patch_prototypes": 6,
         "head_hidden_dim": 11,
         "head_bottleneck_dim": 13,
         "head_num_layers": 2,
@@ -292,6 +292,7 @@ def test_every_argument_is_in_the_config():
         "extras": kd.EncoderExtras(untie_cls_norm=True, rope_rescale=2.0),
         "teacher": tiny.backbone(),
         "teacher_ema": kd.callbacks.TeacherEMA(0.5),
+        "prototype_chunk_size": 3,
         "seed": 8,
     }
     assert set(arguments) == set(ARGUMENTS)
