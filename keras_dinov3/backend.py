@@ -662,14 +662,27 @@ def host_values(x):
 
 
 def assert_in_graph(x, low, high, message):
-    """`x`, whose values a TensorFlow graph checks when it runs (XLA leaves that out)."""
+    """`x`, whose values are checked when a compiled step runs.
+
+    A TensorFlow graph raises (XLA leaves that out). JAX cannot: it goes on with NaN, which then
+    stops the run. NaN itself passes; what it leads to is found by the loss.
+    """
+    if isinstance(x, jax_tracer()) and "float" in keras.backend.standardize_dtype(x.dtype):
+        is_outside = ops.logical_or(ops.min(x) < low, ops.max(x) > high)
+        return ops.where(is_outside, ops.cast(float("nan"), x.dtype), x)
     tf = sys.modules.get("tensorflow")
     if tf is None or not tf.is_symbolic_tensor(x) or not x.dtype.is_floating:
         return x
     least, greatest = tf.reduce_min(x), tf.reduce_max(x)
-    is_within = tf.logical_and(least >= low, greatest <= high)
+    is_within = tf.logical_not(tf.logical_or(least < low, greatest > high))
     with tf.control_dependencies([tf.debugging.Assert(is_within, [message, least, greatest])]):
         return tf.identity(x)
+
+
+def jax_tracer():
+    """The class of what JAX traces; if nobody has imported it, of nothing."""
+    jax = sys.modules.get("jax")
+    return () if jax is None else jax.core.Tracer
 
 
 def is_foreign_graph_tensor(x):

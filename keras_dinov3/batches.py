@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_dinov3 import backend
 from keras_dinov3.data import ShuffledBatches
+from keras_dinov3.image_ops import check_value_range
 
 
 def full_batches(data, batch_size=None, shuffle=False, seed=None):
@@ -60,7 +61,8 @@ def full_batches(data, batch_size=None, shuffle=False, seed=None):
     batch_size = size_of(first)
     if hasattr(data, "__next__"):  # a generator; Keras wants tuples
         batches = itertools.chain([first], batches)
-        return ((inputs_of(checked(b, first)),) for b in batches if is_full(b, batch_size)), first
+        batches = (checked(b, first) for b in batches if is_full(b, batch_size))
+        return ((inputs_of(batch),) for batch in batches), first
     if hasattr(data, "element_spec"):  # tf.data.Dataset
         if not all(spec.shape.is_fully_defined() for spec in keras.tree.flatten(data.element_spec)):
             data = backend.full_tf_batches(data, first)
@@ -95,7 +97,7 @@ def checked(batch, first):
             + " Images and their labels go in a tuple, not in a list."
             * (() in shapes)
         )
-    return batch
+    return in_range(batch)
 
 
 def from_directory(data):
@@ -119,6 +121,11 @@ def full_loader(loader, first):
     """A torch `DataLoader` like `loader` that drops its short last batch."""
     is_bare = not isinstance(first, (tuple, list))
     drops_last = getattr(loader.batch_sampler, "drop_last", None)  # None: batches of any sizes
+    if loader.batch_size is not None and size_of(first) < loader.batch_size:
+        raise ValueError(
+            "The data must fill at least one batch. Received: "
+            f"{size_of(first)} images and batch_size={loader.batch_size}. Use a smaller one."
+        )
     if drops_last and not is_bare:
         return loader
     kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator")
@@ -186,7 +193,15 @@ def full_py_dataset(data):
         raise empty(data)
     first = data[0]
     last = first if data.num_batches in (None, 1) else data[data.num_batches - 1]
-    return FullBatches(data, size_of(first), size_of(last) < size_of(first)), first
+    return FullBatches(data, first, size_of(last) < size_of(first)), first
+
+
+def in_range(batch):
+    """A batch, if its images, when they are floats, lie about between 0 and 1."""
+    images = inputs_of(batch)
+    if hasattr(images, "shape"):
+        check_value_range(images)
+    return batch
 
 
 def size_of(batch):
@@ -233,6 +248,7 @@ class ArrayBatches(ShuffledBatches):
             )
         super().__init__(sizes.pop(), shuffle, seed)
         self.arrays = keras.tree.map_structure(backend.numpy_of, arrays)
+        in_range(self.arrays)
         self.batch_size = min(batch_size, self.count)
 
     def __len__(self):
@@ -263,10 +279,11 @@ class BatchList(keras.utils.PyDataset):
 class FullBatches(keras.utils.PyDataset):
     """A `PyDataset` whose batches have all one size, without a short last one."""
 
-    def __init__(self, data, batch_size, without_last):
+    def __init__(self, data, first, without_last):
         super().__init__(data.workers, data.use_multiprocessing, data.max_queue_size)
         self.data = data
-        self.batch_size = batch_size
+        self.first = keras.tree.map_structure(lambda array: array[:1], inputs_of(first))
+        self.batch_size = size_of(first)
         self.without_last = without_last
 
     @property
@@ -285,7 +302,7 @@ class FullBatches(keras.utils.PyDataset):
                 f"Received: batch {index} of {size_of(batch)} images, the first of "
                 f"{self.batch_size}."
             )
-        return batch
+        return checked(batch, self.first)
 
     @property
     def position(self):

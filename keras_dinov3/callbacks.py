@@ -201,7 +201,8 @@ class StopOnNonFinite(keras.callbacks.Callback):
             f"The loss must stay finite. Not finite first: {', '.join(names) or 'loss'}, at step "
             f"{step}. Training stopped; go on from the last checkpoint. Try a lower learning "
             "rate or a longer warm-up, clip gradients (`clipnorm=3.0`), and look for NaN in the "
-            "images. Masks that hide more than `max_masked_patches` make `ibot_loss` NaN."
+            "images, or floats far outside of 0 to 1. Masks that hide more than "
+            "`max_masked_patches` make `ibot_loss` NaN."
         )
 
 

@@ -18,6 +18,7 @@ COUNTS += ("head_num_layers", "koleo_top_k", "koleo_crops", "sinkhorn_iterations
 COUNTS += ("max_masked_patches", "prototype_chunk_size")
 OPTIONAL = ("num_patch_prototypes", "koleo_crops", "max_masked_patches", "prototype_chunk_size")
 CHOICES = {"ibot_average": ("crops", "patches"), "koleo_distance": ("euclidean", "cosine")}
+CHOICES["remat"] = ("none", "blocks", "full")
 # Of backbones: settings that no shape of a weight shows.
 FUNCTION_SETTINGS = ("num_heads", "patch_size", "rope_theta", "hidden_activation", "layer_norm_eps")
 FUNCTION_SETTINGS += ("use_gated_mlp", "use_swiglu_ffn", "apply_layernorm")
@@ -51,10 +52,6 @@ def check_settings(model):
     if all(is_zero(getattr(model, name)) for name in WEIGHTS):
         raise ValueError(f"At least one loss must have a weight. Received: 0 for all of {WEIGHTS}.")
     check_range("drop_path_rate", model.drop_path_rate, low=0, below=1, scheduled=False)
-    if model.remat not in ("none", "blocks", "full"):
-        raise ValueError(
-            f'`remat` must be "none", "blocks" or "full". Received: remat={model.remat!r}.'
-        )
     if model.centering != "sinkhorn_knopp" and not isinstance(model.centering, SoftmaxCentering):
         raise ValueError(
             '`centering` must be "sinkhorn_knopp" or a `SoftmaxCentering` layer. '
@@ -185,6 +182,12 @@ def check_batch(batch, model):
     inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     crops = crops_of(model.augmentation)
     if isinstance(inputs, dict):
+        lists = [name for name, array in inputs.items() if not hasattr(array, "shape")]
+        if lists:
+            raise ValueError(
+                "Ready crops are a dict of arrays or tensors. Received: "
+                f"{type(inputs[lists[0]]).__name__} for `{lists[0]}`. Stack them: `np.stack(...)`."
+            )
         arrays = check_crops(
             {name: backend.numpy_of(array) for name, array in inputs.items()}, model
         )
@@ -251,6 +254,11 @@ def check_crops(crops, model):
             f"Received: keys {sorted(crops)}."
         )
     channels, patch_size = channels_of(model.student), patch_size_of(model.student)
+    if crops["global_crops"].ndim > 1 and crops["global_crops"].shape[1] == 0:
+        raise ValueError(
+            "`global_crops` must hold at least one crop of each image. Received: shape "
+            f"{crops['global_crops'].shape}."
+        )
     for name in crops.keys() - {"masks"}:
         check_pixels(name, crops[name], channels, 5, normalized=True)
         grid_of(crops[name].shape[2:4], patch_size, name)
@@ -263,6 +271,11 @@ def check_crops(crops, model):
             raise ValueError(
                 "`masks` need a backbone with a mask token. Received a backbone with "
                 "use_mask_token=False. Build it with `use_mask_token=True`."
+            )
+        if masks.dtype != bool and not np.all((masks == 0) | (masks == 1)):
+            raise ValueError(
+                "`masks` must be bool, or numbers that are 0 or 1, true where a patch is hidden. "
+                f"Received: {masks.dtype} with other values. Probabilities: `masks > 0.5`."
             )
         num_masked = int(np.sum(masks.astype(bool)))
         if model.max_masked_patches is not None and num_masked > model.max_masked_patches:
@@ -299,8 +312,8 @@ def check_pixels(name, images, channels, rank, normalized=False):
             f"`{name}` must have the backbone's {channels} channels in the last axis of {axes}. "
             f"Received: shape {images.shape}.{hint}"
         )
-    if images.dtype == "uint8" and not normalized:
-        return
+    if images.size == 0 or images.dtype == "uint8" and not normalized:
+        return  # no local crops, for instance
     if images.dtype.kind != "f" and images.dtype.name != "bfloat16":
         kind = "normalised floats" if normalized else "uint8 from 0 to 255 or float from 0 to 1"
         raise ValueError(f"`{name}` must be {kind}. Received: dtype {images.dtype}.")

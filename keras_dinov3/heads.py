@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_dinov3.losses import l2_normalize
+from keras_dinov3.schedules import is_count
 
 
 @keras.saving.register_keras_serializable(package="keras_dinov3")
@@ -48,20 +49,21 @@ class DINOHead(keras.layers.Layer):
             "num_layers": num_layers,
         }
         for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            if not is_count(size, at_least=1):
                 raise ValueError(
                     f"`{name}` must be an integer of at least 1. Received: {name}={size!r}."
                 )
         super().__init__(**kwargs)
-        self.num_prototypes = num_prototypes
-        self.hidden_dim = hidden_dim
-        self.bottleneck_dim = bottleneck_dim
-        self.num_layers = num_layers
+        self.num_prototypes = int(num_prototypes)
+        self.hidden_dim = int(hidden_dim)
+        self.bottleneck_dim = int(bottleneck_dim)
+        self.num_layers = int(num_layers)
         self.hidden_layers = [
-            self._dense(hidden_dim, f"hidden_{i}", activation="gelu") for i in range(num_layers - 1)
+            self._dense(self.hidden_dim, f"hidden_{i}", activation="gelu")
+            for i in range(self.num_layers - 1)
         ]
-        self.bottleneck = self._dense(bottleneck_dim, "bottleneck")
-        self.prototypes = self._dense(num_prototypes, "prototypes", use_bias=False)
+        self.bottleneck = self._dense(self.bottleneck_dim, "bottleneck")
+        self.prototypes = self._dense(self.num_prototypes, "prototypes", use_bias=False)
 
     def build(self, input_shape):
         if input_shape[-1] is None:

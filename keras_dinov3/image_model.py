@@ -1,5 +1,7 @@
 """What training on images adds to a `keras.Model`: data of any kind, named terms, saved seeds."""
 
+import random
+
 import keras
 import numpy as np
 from keras import ops
@@ -94,7 +96,7 @@ class ImageModel(keras.Model):
                 `TeacherEMA` is among them, which then becomes the model's.
             validation_data: Like `x`, but no generator; the loss terms are computed on it.
             shuffle: Whether arrays are shuffled for each epoch, in an order that follows from
-                `seed` (or Python's `random`) and the model's step.
+                `seed` (or a number that the model draws once and saves) and the model's step.
             **kwargs: Other arguments of `keras.Model.fit`.
 
         Returns:
@@ -110,7 +112,8 @@ class ImageModel(keras.Model):
                 "`fit(images[:-n], validation_data=images[-n:])`. Received: validation_split="
                 f"{kwargs['validation_split']}."
             )
-        x = self.prepare(x, batch_size, shuffle, self.seed)
+        seed = int(self.order_seed) if self.seed is None else self.seed
+        x = self.prepare(x, batch_size, shuffle, seed)
         if validation_data is not None:
             if hasattr(validation_data, "__next__"):
                 raise ValueError(
@@ -204,6 +207,10 @@ class ImageModel(keras.Model):
         self.term_means = [
             keras.metrics.Mean(name) for name, weight in weights.items() if not is_zero(weight)
         ]
+        order_seed = keras.initializers.Constant(random.randrange(2**31))
+        self.order_seed = self.add_weight(
+            (), order_seed, "int32", trainable=False, name="order_seed"
+        )
         self.bad_since = self.add_weight(  # the step at which each term became NaN or infinite
             (len(self.term_means),), "zeros", "int32", trainable=False, name="bad_since"
         )

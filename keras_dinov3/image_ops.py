@@ -31,8 +31,8 @@ def image_dtype(images):
 
 
 OUT_OF_RANGE = (
-    "Float `images` must be from 0 to 1. For 0 to 255, divide by 255 or cast to uint8. Received: "
-    "values from"
+    "Float `images` must be from 0 to 1, not yet normalised. For 0 to 255, divide by 255 or cast "
+    "to uint8. Received: values from"
 )
 
 

@@ -9,7 +9,7 @@ caller.
 import keras
 from keras import ops
 
-from keras_dinov3.schedules import check_range
+from keras_dinov3.schedules import check_range, is_count
 
 TINY_DISTANCE = 1e-8  # keeps KoLeo finite for images with equal features
 
@@ -349,7 +349,7 @@ class GramLoss(_Float32Loss):
 
 
 def _check_koleo_options(top_k, distance):
-    if not isinstance(top_k, int) or top_k < 1:
+    if not is_count(top_k, at_least=1):
         raise ValueError(f"`top_k` must be an integer of at least 1. Received: top_k={top_k!r}.")
     if distance not in ("euclidean", "cosine"):
         raise ValueError(

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dinov3.schedules import check_count, check_range
+from keras_dinov3.schedules import check_count, check_range, is_count
 
 
 class _Masking(keras.layers.Layer):
@@ -314,7 +314,7 @@ def masked_slots(masks, num_slots, average="crops", exact=False):
 
 def _check_sizes(batch_size, num_crops, grid_size):
     sizes = [batch_size, num_crops, *np.ravel(np.array(grid_size, "object"))]
-    if len(sizes) != 4 or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if len(sizes) != 4 or not all(is_count(size, at_least=1) for size in sizes):
         raise ValueError(
             "`batch_size`, `num_crops` and the two of `grid_size` must be known ints of at least "
             f"1. Received: {batch_size=}, {num_crops=}, {grid_size=}."

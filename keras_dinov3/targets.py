@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_dinov3 import backend
 from keras_dinov3.prototypes import LOWEST, FactoredLogits, FactoredTargets, add_chunk
-from keras_dinov3.schedules import check_range
+from keras_dinov3.schedules import check_range, is_count
 
 SMALLEST_SUM = 1e-30  # reached only if all weights are 0
 
@@ -43,7 +43,7 @@ def sinkhorn_knopp(logits, temperature, num_iterations=3, weights=None):
         [Oquab et al., 2023](https://arxiv.org/abs/2304.07193), section 4.
     """
     check_range("temperature", temperature, above=0)
-    if not isinstance(num_iterations, int) or num_iterations < 1:
+    if not is_count(num_iterations, at_least=1):
         raise ValueError(
             "`num_iterations` must be an integer of at least 1. "
             f"Received: num_iterations={num_iterations!r}."

@@ -341,3 +341,36 @@ def test_a_loader_keeps_its_settings():
     assert len(data) == 2 and data.batch_sampler.drop_last
     complete = loader(IMAGES, drop_last=True)
     assert full_batches(complete)[0] is complete
+
+
+def test_a_loader_that_fills_no_batch():
+    torch = pytest.importorskip("torch")
+    images = torch.tensor(tiny.images(7))
+    data = torch.utils.data.TensorDataset(images)
+    with pytest.raises(ValueError, match="at least one batch. Received: 7 images and batch_size=9"):
+        full_batches(torch.utils.data.DataLoader(data, batch_size=9))
+
+
+def test_images_that_change_their_size_or_range_later():
+    class Batches(keras.utils.PyDataset):
+        def __init__(self, batches):
+            super().__init__()
+            self.list = batches
+
+        def __len__(self):
+            return len(self.list)
+
+        def __getitem__(self, index):
+            return self.list[index]
+
+    first = tiny.images(3, dtype="float32")
+    for later, message in (
+        (tiny.images(3, height=48, dtype="float32"), "arrays of one size"),
+        (255 * first, "must be from 0 to 1"),
+    ):
+        for kind in (Batches, list, iter):
+            with pytest.raises(ValueError, match=message):
+                data, _ = full_batches(kind([first, later, first]))
+                list(data) if kind is iter else [data[i] for i in range(len(data))]
+    with pytest.raises(ValueError, match="must be from 0 to 1"):
+        full_batches(np.concatenate([first, first, 255 * first]), batch_size=3)

@@ -4,6 +4,7 @@ import pytest
 import tiny
 
 import keras_dinov3 as kd
+from keras_dinov3.checks import check_batch
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +244,33 @@ def test_masks_need_a_mask_token():
 def test_heads_that_do_not_divide_the_width():
     with pytest.raises(ValueError, match="hidden_dim=32, num_heads=3"):
         tiny.model(backbone=tiny.backbone(num_heads=3))
+
+
+@pytest.mark.parametrize("bad", [0.3, float("nan"), 2])
+def test_masks_that_are_none(bad):
+    ready = tiny.crops(masked=0.3)
+    ready["masks"] = np.where(ready["masks"], bad, 0.0)
+    model = tiny.model(masking=None, augmentation=None)
+    with pytest.raises(ValueError, match="`masks` must be bool, or numbers that are 0 or 1"):
+        model.train_on_batch(ready)
+
+
+def test_crops_in_lists():
+    ready = tiny.crops(masked=0.3)
+    model = tiny.model(masking=None, augmentation=None)
+    with pytest.raises(ValueError, match="Received: list for `global_crops`"):
+        model.train_on_batch({**ready, "global_crops": list(ready["global_crops"])})
+
+
+def test_no_local_and_no_global_crops():
+    ready = tiny.crops(masked=0.3)
+    model = tiny.model(masking=None, augmentation=None)
+    check_batch({**ready, "local_crops": ready["local_crops"][:, :0]}, model)
+    with pytest.raises(ValueError, match="at least one crop of each image"):
+        check_batch({"global_crops": ready["global_crops"][:, :0]}, model)
+
+
+def test_numpy_integers_are_integers():
+    size = np.int64(5)
+    model = tiny.model(num_prototypes=size, sinkhorn_iterations=size, koleo_top_k=np.int32(1))
+    assert model.student_dino_head.num_prototypes == 5

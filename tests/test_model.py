@@ -544,3 +544,45 @@ def test_softmax_centering_moves_in_training_and_is_saved(tmp_path):
     batch = tiny.images(seed=2)
     expected = model.train_on_batch(batch, return_dict=True)
     assert loaded.train_on_batch(batch, return_dict=True) == expected
+
+
+def test_images_that_are_bad_later_stop_the_run():
+    """Given as tensors of the backend or in a pipeline, so that nothing looks at them before."""
+    images = tiny.images(4 * tiny.B, dtype="float32")
+    images[2 * tiny.B :] *= 255
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        data = tf.data.Dataset.from_tensor_slices(images).batch(tiny.B, drop_remainder=True)
+        expected = tf.errors.InvalidArgumentError, "must be from 0 to 1"
+    else:
+        torch = pytest.importorskip("torch")
+        data = torch.utils.data.TensorDataset(torch.tensor(images))
+        data = torch.utils.data.DataLoader(data, batch_size=tiny.B, drop_last=True)
+        expected = FloatingPointError, "far outside of 0 to 1"
+        if BACKEND == "torch":
+            expected = ValueError, "must be from 0 to 1"
+    model = tiny.model()
+    with pytest.raises(expected[0], match=expected[1]):
+        model.fit(data, verbose=0)
+
+
+def test_nan_in_a_later_image_names_the_term_and_step():
+    images = tiny.images(3 * tiny.B, dtype="float32")
+    images[2 * tiny.B] = np.nan
+    model = tiny.model()
+    with pytest.raises(FloatingPointError, match="Not finite first: dino_.*, at step 3"):
+        model.fit(images, batch_size=tiny.B, shuffle=False, verbose=0)
+
+
+def test_without_a_seed_a_resumed_run_keeps_the_order(tmp_path):
+    images = tiny.images(4 * tiny.B)
+    config = {"seed": None, "augmentation": tiny.multi_crop(), "masking": kd.RandomMasking(seed=2)}
+    model = tiny.model(**config)
+    model.fit(images, batch_size=tiny.B, epochs=1, verbose=0)
+    model.save(tmp_path / "model.keras")
+    model.fit(images, batch_size=tiny.B, epochs=1, verbose=0)
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    resumed.fit(images, batch_size=tiny.B, epochs=1, verbose=0)
+    for a, b in zip(student_weights(model), student_weights(resumed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)

@@ -327,3 +327,11 @@ def test_check_range_says_the_rule():
         with pytest.raises(ValueError) as error:
             check_range("x", value, **bounds)
         assert message in str(error.value)
+
+
+def test_functions_of_the_step_get_a_float():
+    step = ops.convert_to_tensor(3, "int32")
+    assert float(value_at(lambda step: 0.07 + 0.01 * step, step)) == pytest.approx(0.1)
+    check_range("temperature", lambda step: 0.07 + 0.0 * step, above=0)
+    # It reaches 0 in float32, but long after any run it is made for.
+    check_range("temperature", keras.optimizers.schedules.ExponentialDecay(0.07, 10, 0.9), above=0)
