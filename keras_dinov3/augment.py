@@ -1,5 +1,6 @@
 """Images in, augmented global and local crops out, on the device: `MultiCrop`."""
 
+import functools
 import inspect
 import itertools
 import threading
@@ -15,13 +16,14 @@ from keras_dinov3.image_ops import (
     OUT_OF_RANGE,
     blur,
     check_value_range,
+    cut_and_resize,
     from_planes,
     image_dtype,
     jitter_colors,
-    luminance,
-    per_crop,
+    longest_sides,
     random_boxes,
-    resampling_weights,
+    solarize,
+    to_gray,
     to_planes,
     to_unit_range,
 )
@@ -211,15 +213,17 @@ class MultiCrop(keras.layers.Layer):
     def call(self, images):
         self._check_shape(images.shape)
         batch, channels = ops.shape(images)[0], images.shape[-1]
-        scaled = ops.transpose(to_unit_range(images), (0, 1, 3, 2))  # (B, H, C, W)
+        images = ops.convert_to_tensor(images)
         crops = {}
         for view in ("global", "local"):
             count = getattr(self, f"num_{view}_crops")
+            size = as_pair(getattr(self, f"{view}_crop_size"))
             if count > 0:
                 draws = self._draw(batch * count)
-                crops[f"{view}_crops"] = self._compiled_crops(scaled, draws, view)
+                crop = functools.partial(self._compiled_crops, view=view)
+                numbers = count * size[0] * size[1] * channels
+                crops[f"{view}_crops"] = backend.in_cache(crop, images, draws, size=numbers)
             else:
-                size = as_pair(getattr(self, f"{view}_crop_size"))
                 crops[f"{view}_crops"] = ops.zeros((batch, 0, *size, channels), "float32")
         return crops
 
@@ -236,20 +240,20 @@ class MultiCrop(keras.layers.Layer):
             )
         )
         size = as_pair(size)
-        batch, height, channels, width = ops.shape(images)
-        top, left, box_height, box_width = random_boxes(
-            draws, height, width, scale, self.crop_aspect_ratio
-        )
-        flip = draws["flip"] < self.flip_probability
-        kernel = KERNELS[self.interpolation]
-        rows = resampling_weights(top, box_height, size[0], height, kernel, self.antialias)
-        columns = resampling_weights(left, box_width, size[1], width, kernel, self.antialias, flip)
-        x = ops.matmul(
-            ops.reshape(rows, (batch, count * size[0], height)),
-            ops.reshape(images, (batch, height, channels * width)),
-        )
-        x = ops.matmul(ops.reshape(x, (-1, size[0] * channels, width)), ops.swapaxes(columns, 1, 2))
-        x = ops.reshape(x, (-1, size[0], channels, size[1]))
+        batch, height, width, channels = ops.shape(images)
+        boxes = random_boxes(draws, height, width, scale, self.crop_aspect_ratio)
+        boxes = [ops.reshape(x, (-1, count, 1)) for x in boxes]
+        top, left, box_height, box_width = boxes
+        longest = longest_sides(height, width, scale, self.crop_aspect_ratio)
+        flip = ops.reshape(draws["flip"] < self.flip_probability, (-1, count, 1))
+        how = KERNELS[self.interpolation], self.antialias
+        x = ops.reshape(to_unit_range(images), (batch, height, width * channels))
+        x = cut_and_resize(x, top, box_height, size[0], longest[0], *how)
+        x = ops.transpose(ops.reshape(x, (-1, size[0], width, channels)), (0, 2, 3, 1))
+        x = ops.reshape(x, (-1, width, channels * size[0]))
+        one_each = [ops.reshape(x, (-1, 1, 1)) for x in (left, box_width, flip)]
+        x = cut_and_resize(x, *one_each[:2], size[1], longest[1], *how, one_each[2])
+        x = ops.reshape(x, (-1, size[1], channels, size[0]))
         x = ops.clip(x, 0.0, 1.0)  # a bicubic kernel overshoots
 
         planes = to_planes(x)
@@ -257,9 +261,7 @@ class MultiCrop(keras.layers.Layer):
             jitter = draws["jitter"] < self.color_jitter_probability
             planes = jitter_colors(planes, draws, self.color_jitter, jitter)
         if self.grayscale_probability > 0 and channels == 3:
-            is_gray = ops.expand_dims(draws["grayscale"] < self.grayscale_probability, 2)
-            gray = luminance(planes)
-            planes = [ops.where(is_gray, gray, plane) for plane in planes]
+            planes = to_gray(planes, draws["grayscale"] < self.grayscale_probability)
         x = from_planes(planes, channels)
         if np.max(blur_probability) > 0:
             low, high = self.blur_sigma
@@ -268,10 +270,9 @@ class MultiCrop(keras.layers.Layer):
             x = blur(x, sigma, self.blur_kernel_size, blurred)
         if np.max(solarize_probability) > 0:
             solarized = happens(draws["solarize"], solarize_probability, count)
-            invert = ops.logical_and(per_crop(solarized), x >= self.solarize_threshold)
-            x = ops.where(invert, 1.0 - x, x)
+            x = solarize(x, self.solarize_threshold, solarized)
 
-        x = ops.reshape(ops.transpose(x, (0, 1, 3, 2)), (-1, count, *size, channels))
+        x = ops.reshape(ops.transpose(x, (0, 3, 1, 2)), (-1, count, *size, channels))
         return self.normalize(x)
 
     def _draw(self, count):

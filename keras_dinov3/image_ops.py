@@ -1,12 +1,11 @@
 """Crop, colour and blur as pure functions of arrays: the steps of `MultiCrop`.
 
 Every step is arithmetic on whole arrays, so the same code runs eagerly, compiled and
-differentiated on each backend. Cropping and blurring are matrix products. Crops are kept as
-`(N, S, C, S)`, that is, crop, row, channel, column: both products are then plain batched
-matrix products, and each channel of a row is contiguous.
+differentiated on each backend. Choices between pixels are arithmetic too: `where` with a mask of
+pixels costs torch on a CPU forty times as much as a product. Crops are kept as `(N, S, C, S)`,
+that is, crop, column, channel, row: each channel of a column is contiguous.
 """
 
-import functools
 import itertools
 import math
 
@@ -17,6 +16,8 @@ from keras import ops
 from keras_dinov3 import backend
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in Pillow and torchvision
+BLOCK_SIZE = 32  # output rows that `cut_and_resize` computes from one window of the input
+STEEP = 3e38  # times any normal number below -1e-38: less than -2
 
 
 def image_dtype(images):
@@ -106,6 +107,18 @@ def cubic_kernel(distance):
 
 
 KERNELS = {"bicubic": cubic_kernel, "bilinear": linear_kernel}
+REACH = {cubic_kernel: 2.0, linear_kernel: 1.0}  # beyond this distance they are 0
+
+
+def longest_sides(height, width, scale, aspect_ratio):
+    """Height and width in pixels that no box of `random_boxes` exceeds; `None` if unknown."""
+    if not (isinstance(height, int) and isinstance(width, int)):
+        return None, None
+    area = height * width * scale[1]
+    sides = math.sqrt(area / aspect_ratio[0]) + 1.0, math.sqrt(area * aspect_ratio[1]) + 1.0
+    if sides[0] > height or sides[1] > width:  # draws may not fit, and then the box is the largest
+        return height, width
+    return sides
 
 
 def resampling_weights(start, length, size, input_size, kernel, antialias, flip=None):
@@ -126,17 +139,82 @@ def resampling_weights(start, length, size, input_size, kernel, antialias, flip=
     Returns:
         float32 tensor of shape `(N, size, input_size)`.
     """
-    start, length = ops.expand_dims(start, 2), ops.expand_dims(length, 2)
-    step = length / size
-    center = step * (ops.reshape(ops.arange(size, dtype="float32"), (1, size, 1)) + 0.5)
-    if flip is not None:
-        center = ops.where(ops.expand_dims(flip, 2), length - center, center)
-    pixel = ops.cast(ops.arange(input_size), "float32") + 0.5 - start  # (N, 1, input_size)
-    inside = ops.logical_and(pixel > 0.0, pixel < length)
-    spread = ops.maximum(step, 1.0) if antialias else 1.0
-    distance = pixel / spread - center / spread  # (N, size, input_size)
-    weights = kernel(distance) * ops.cast(inside, "float32")
-    return weights / ops.sum(weights, axis=2, keepdims=True)
+    center = centers(size, size, length, flip)
+    pixel = ops.cast(ops.arange(input_size), "float32") + 0.5 - start  # (N, input_size)
+    return kernel_weights(pixel, center, length, size, kernel, antialias)
+
+
+def centers(count, size, length, flip=None):
+    """Where in boxes of `length` `(N, 1)` each of `size` output pixels has its centre.
+
+    Returns:
+        float32 tensor of shape `(N, count)`; those beyond `size` repeat the last one.
+    """
+    pixel = ops.minimum(ops.arange(count, dtype="float32"), size - 1.0) + 0.5
+    center = (length / size) * pixel
+    return center if flip is None else ops.where(flip, length - center, center)
+
+
+def kernel_weights(pixel, center, length, size, kernel, antialias):
+    """Weights `(..., n, T)` of input pixels `(..., T)` for output pixels with centres `(..., n)`.
+
+    Both are positions in the box, whose `length` has a last axis of 1.
+    """
+    inside = ops.cast(ops.logical_and(pixel > 0.0, pixel < length), "float32")
+    if antialias:
+        spread = ops.maximum(length / size, 1.0)
+        pixel, center = pixel / spread, center / spread
+    distance = ops.expand_dims(pixel, -2) - ops.expand_dims(center, -1)
+    weights = kernel(distance) * ops.expand_dims(inside, -2)
+    return weights / ops.sum(weights, axis=-1, keepdims=True)
+
+
+def cut_and_resize(images, start, length, size, longest, kernel, antialias, flip=None):
+    """Cuts `length` rows from `start` out of images and resizes them to `size` rows.
+
+    This is the product with `resampling_weights`, but without most of their zeros: a block of
+    output rows is made from the window of input rows that it can depend on.
+
+    Args:
+        images: float32 tensor of shape `(B, H, R)`.
+        start: First row of each box, `(B, n, 1)`: `n` boxes for each image.
+        length: Rows of each box, `(B, n, 1)`.
+        size: Int. Rows to resize to.
+        longest: Number of rows that no box exceeds. `None`: unknown.
+        kernel: Function of the distance in rows.
+        antialias: Whether the kernel spans output rows where these are the larger ones.
+        flip: Optional booleans `(B, n, 1)`: reverse the order of the output rows.
+
+    Returns:
+        float32 tensor of shape `(B * n, size, R)`.
+    """
+    batch, height, rest = ops.shape(images)
+    num_blocks = -(-size // BLOCK_SIZE)
+    block = -(-size // num_blocks)
+    if longest is not None:
+        step = longest / size
+        reach = REACH[kernel] * (max(step, 1.0) if antialias else 1.0)
+        window = math.ceil((block - 1) * step + 2.0 * reach) + 2
+    if longest is None or window >= height:
+        flat = [x if x is None else ops.reshape(x, (-1, 1)) for x in (start, length, flip)]
+        weights = resampling_weights(*flat[:2], size, height, kernel, antialias, flat[2])
+        weights = ops.reshape(weights, (batch, -1, height))
+        return ops.reshape(ops.matmul(weights, images), (-1, size, rest))
+
+    boxes = start.shape[1]
+    center = centers(num_blocks * block, size, length, flip)
+    center = ops.reshape(center, (-1, boxes, num_blocks, block))
+    start, length = ops.expand_dims(start, 3), ops.expand_dims(length, 3)  # (B, n, 1, 1)
+    spread = ops.maximum(length / size, 1.0) if antialias else 1.0
+    first = ops.minimum(center[..., :1], center[..., -1:]) - REACH[kernel] * spread
+    first = ops.clip(ops.floor(start + first), 0.0, float(height - window))
+    row = first + ops.arange(window, dtype="float32")  # (B, n, blocks, window)
+    weights = kernel_weights(row + 0.5 - start, center, length, size, kernel, antialias)
+    row = ops.cast(row, "int32") + height * ops.reshape(ops.arange(batch), (-1, 1, 1, 1))
+    windows = ops.take(ops.reshape(images, (-1, rest)), ops.reshape(row, (-1,)), axis=0)
+    weights = ops.reshape(weights, (-1, block, window))
+    x = ops.matmul(weights, ops.reshape(windows, (-1, window, rest)))
+    return ops.reshape(x, (-1, num_blocks * block, rest))[:, :size]
 
 
 def to_planes(x):
@@ -229,19 +307,20 @@ def jitter_colors(planes, draws, strength, applied):
     order = ops.cast(ops.reshape(draws["order"], (-1,)) * len(TONE_ORDERS), "int32")
     steps = ops.take(ops.convert_to_tensor(TONE_ORDERS), order, axis=0)  # (N, 6, 3)
     changes = steps * (ops.expand_dims(factors[:, :3], 1) - 1.0)
+    changes = ops.reshape(ops.transpose(changes, (1, 2, 0)), (6, 3, -1, 1, 1))
     for step in range(6):
         if step == 3 and strength[3] > 0:
             planes = rotate_hue(planes, ops.reshape(factors[:, 3], (-1, 1, 1)))
-        change = [ops.reshape(changes[:, step, i], (-1, 1, 1)) for i in range(3)]
-        planes = change_tone(planes, *change)
+        planes = change_tone(planes, changes[step])
     return planes
 
 
-def change_tone(planes, brightness, contrast, saturation):
-    """Changes by `factor - 1` of brightness, contrast or saturation; two of them are 0."""
-    factor = 1.0 + (brightness + contrast + saturation)
+def change_tone(planes, changes):
+    """Changes by `factor - 1` `(3, N, 1, 1)` of brightness, contrast, saturation; two are 0."""
+    contrast, saturation = changes[1], changes[2]
     gray = luminance(planes)
-    other = contrast * ops.mean(gray, axis=(1, 2), keepdims=True) + saturation * gray
+    other = saturation * gray + contrast * ops.mean(gray, axis=(1, 2), keepdims=True)
+    factor = 1.0 + ops.sum(changes, axis=0)
     return [ops.clip(factor * plane - other, 0.0, 1.0) for plane in planes]
 
 
@@ -251,51 +330,65 @@ def rotate_hue(planes, turns):
     brightest = ops.maximum(ops.maximum(red, green), blue)
     darkest = ops.minimum(ops.minimum(red, green), blue)
     chroma = brightest - darkest
-    sixth = 1.0 / ops.where(chroma > 0.0, chroma, 1.0)
-    hue = ops.where(
-        brightest == red,
-        (green - blue) * sixth,
-        ops.where(brightest == green, (blue - red) * sixth + 2.0, (red - green) * sixth + 4.0),
-    )
-    hue = hue + 6.0 * turns
-    hue = hue - 6.0 * ops.floor(hue / 6.0)  # 0 and 6: red, 2: green, 4: blue
+    # Hue is 0 and 6 at red, 2 at green and 4 at blue. Its distance from 3 is 2 + red - green -
+    # blue, of channels stretched to 0-1; green and blue say on which side of 3 it is.
+    side = 2.0 * at_least(blue, green) - 1.0
+    distance = ((red - green) + (darkest - blue)) / ops.maximum(chroma, 1e-12) + 2.0
+    hue = side * distance + (6.0 * turns + 3.0)
+    hue = hue - 6.0 * ops.floor(hue * (1.0 / 6.0))
     ramps = ops.abs(hue - 3.0) - 1.0, 2.0 - ops.abs(hue - 2.0), 2.0 - ops.abs(hue - 4.0)
     return [darkest + chroma * ops.clip(ramp, 0.0, 1.0) for ramp in ramps]
 
 
-@functools.cache
-def mirrored_taps(size, radius):
-    """`[t, i, j]`: how often pixel `j` is at distance `t` from pixel `i`, mirrored at the edges.
+def at_least(x, bound):
+    """1.0 where `x >= bound`, else 0.0."""
+    return ops.stop_gradient(ops.clip((x - bound) * STEEP + 1.0, 0.0, 1.0))
 
-    Returns:
-        float32 array of shape `(radius + 1, size, size)`.
-    """
-    mirrored = np.pad(np.arange(size), radius, mode="reflect")
-    offsets = np.arange(-radius, radius + 1)
-    neighbors = mirrored[np.arange(size)[:, None] + offsets + radius]  # (size, offsets)
-    is_neighbor = np.eye(size, dtype="float32")[neighbors]  # (size, offsets, size)
-    at_distance = np.eye(radius + 1, dtype="float32")[abs(offsets)]  # (offsets, radius + 1)
-    return np.einsum("ot,ioj->tij", at_distance, is_neighbor)
+
+def solarize(x, threshold, applied):
+    """Inverts values of at least `threshold` in the crops that are `applied` `(N, 1)`."""
+    inverted = at_least(x, threshold) * per_crop(ops.cast(applied, "float32"))
+    return inverted * (1.0 - 2.0 * x) + x
+
+
+def to_gray(planes, applied):
+    """RGB planes without colour in the crops that are `applied` `(N, 1)`."""
+    share = ops.expand_dims(ops.cast(applied, "float32"), 2)
+    gray = share * luminance(planes)
+    return [gray + (1.0 - share) * plane for plane in planes]
 
 
 def blur(x, sigma, kernel_size, applied):
     """Gaussian blur of crops `(N, S, C, S)`, mirrored at the edges; `sigma` is `(N, 1)` pixels.
 
-    Crops that are not `applied` `(N, 1)` pass through an identity matrix.
+    Crops that are not `applied` `(N, 1)` stay as they are.
     """
-    _, height, channels, width = x.shape
     radius = kernel_size // 2
     distances = ops.arange(radius + 1, dtype="float32")
     kernel = ops.exp(-0.5 * ops.square(distances / sigma))  # (N, radius + 1)
     kernel = ops.where(applied, kernel, ops.cast(distances == 0.0, "float32"))
     kernel = kernel / (2.0 * ops.sum(kernel, axis=1, keepdims=True) - kernel[:, :1])
+    taps = [per_crop(kernel[:, distance]) for distance in range(radius + 1)]
+    for axis in (1, 3):
+        size = x.shape[axis]
+        mirrored = mirror(x, radius, axis)
 
-    def weights(size):
-        taps = ops.convert_to_tensor(mirrored_taps(size, radius))
-        products = ops.matmul(kernel, ops.reshape(taps, (radius + 1, size * size)))
-        return ops.reshape(products, (-1, size, size))
+        def shifted(by, mirrored=mirrored, axis=axis, size=size):
+            return take_range(mirrored, radius + by, radius + by + size, axis)
 
-    x = ops.matmul(weights(height), ops.reshape(x, (-1, height, channels * width)))
-    x = ops.reshape(x, (-1, height * channels, width))
-    x = ops.matmul(x, ops.swapaxes(weights(width), 1, 2))
-    return ops.reshape(x, (-1, height, channels, width))
+        x = taps[0] * x
+        for distance in range(1, radius + 1):
+            x = x + taps[distance] * (shifted(-distance) + shifted(distance))
+    return x
+
+
+def mirror(x, radius, axis):
+    """Continues `x` at both ends of an axis by `radius` values, the edge itself not repeated."""
+    size = x.shape[axis]
+    before = ops.flip(take_range(x, 1, radius + 1, axis), axis)
+    after = ops.flip(take_range(x, size - radius - 1, size - 1, axis), axis)
+    return ops.concatenate([before, x, after], axis)
+
+
+def take_range(x, start, end, axis):
+    return x[(slice(None),) * axis + (slice(start, end),)]

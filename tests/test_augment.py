@@ -109,6 +109,53 @@ def test_resampling_without_antialias(interpolation):
     )
 
 
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("height, size", [(230, 70), (90, 100), (230, 13)])
+def test_windows_hold_every_pixel_that_counts(height, size, interpolation, antialias):
+    """Equal to the whole matrices, for boxes as long as `longest` allows, at every edge."""
+    longest = height // 2
+    start = [[0, height - longest, 17, height - 1], [1, height - 2, 40, 5]]
+    length = [[longest, longest, longest // 3, 1], [longest - 1, 2, longest, 31]]
+    flip = np.array([[False, True, True, False], [True, False, True, True]])
+    images = RNG.random((2, height, 3)).astype("float32")
+    start, length, flip = (x[..., None] for x in (tensor(start), tensor(length), flip))
+    kernel = image_ops.KERNELS[interpolation]
+    how = {"kernel": kernel, "antialias": antialias, "flip": ops.convert_to_tensor(flip)}
+    actual = image_ops.cut_and_resize(tensor(images), start, length, size, longest, **how)
+    flat = [ops.reshape(x, (-1, 1)) for x in (start, length, how.pop("flip"))]
+    weights = numpy(
+        image_ops.resampling_weights(*flat[:2], size, height, **how, flip=flat[2])
+    ).reshape(2, 4 * size, height)
+    close(actual, (weights @ images).reshape(8, size, 3), 0, 5e-6)
+
+
+@pytest.mark.parametrize("height, width", [(30, 44), (100, 7), (9, 80), (300, 200)])
+def test_no_box_is_longer_than_stated(height, width):
+    draws = {name: tensor(draw) for name, draw in random_draws(500).items()}
+    for scale, ratio in (((0.05, 0.32), (3 / 4, 4 / 3)), ((0.3, 1.0), (0.5, 0.7))):
+        boxes = image_ops.random_boxes(draws, height, width, scale, ratio)
+        longest = image_ops.longest_sides(height, width, scale, ratio)
+        for side, bound, whole in zip(boxes[2:], longest, (height, width), strict=True):
+            assert numpy(side).max() <= bound <= whole
+    assert image_ops.longest_sides(None, width, scale, ratio) == (None, None)
+
+
+def test_solarize_and_gray_act_on_their_crops_alone():
+    x = RNG.random((3, 4, 3, 5)).astype("float32")
+    x[:, 0, 0, 0] = 0.4  # the threshold itself is inverted
+    applied = np.array([[True], [False], [True]])
+    expected = np.where(applied[..., None, None] & (x >= np.float32(0.4)), 1 - x, x)
+    actual = image_ops.solarize(tensor(x), 0.4, ops.convert_to_tensor(applied))
+    close(actual, expected, 0, 1e-6)
+    planes = image_ops.to_gray(image_ops.to_planes(tensor(x)), ops.convert_to_tensor(applied))
+    actual = numpy(image_ops.from_planes(planes, 3))
+    expected = np.repeat(gray_by_loop(x.transpose(0, 1, 3, 2))[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(actual[1], x[1])
+    close(actual[::2], expected[::2], 0, 1e-6)
+    assert np.ptp(actual[::2], axis=2).max() == 0
+
+
 def box_by_loop(draws, height, width, scale, ratio):
     """torchvision's rule for one crop, in float32 as the layer computes it."""
     f = np.float32
@@ -493,6 +540,19 @@ def test_uint8_and_float_images_give_the_same_crops():
             close(crops[name], numpy(expected[name]), 0, 1e-4, (name, dtype))
 
 
+def test_many_images_at_once_get_the_crops_of_few():
+    """Torch makes them in parts; every image keeps its own draws."""
+    layer = MultiCrop(64, 40, num_global_crops=3, num_local_crops=2, seed=3)
+    images = RNG.integers(0, 256, (9, 70, 80, 3), dtype="uint8")
+    crops = layer(images)
+    rewind(layer)
+    for name, count in (("global", 3), ("local", 2)):
+        draws = layer._draw(9 * count)
+        few = ops.convert_to_tensor(images[7:])
+        expected = layer._crops(few, draws[7 * count :], view=name)
+        close(numpy(crops[f"{name}_crops"])[7:], numpy(expected), 0, 1e-5, name)
+
+
 def test_no_local_crops():
     crops = MultiCrop(12, (7, 9), num_local_crops=0, **PLAIN)(IMAGES)
     assert tuple(crops["local_crops"].shape) == (2, 0, 7, 9, 3)
@@ -579,7 +639,7 @@ def test_compiled_equals_eager():
             close(actual[name], numpy(expected[name]), 0, 1e-4, name)
     if keras.config.backend() == "tensorflow":  # XLA draws other numbers from the same seed
         layer = MultiCrop(12, 9, **settings)
-        images = tf.constant(RNG.random((2, 30, 3, 44)), "float32")
+        images = tf.constant(RNG.random((2, 30, 44, 3)), "float32")
         draws = layer._draw(4)
         step = tf.function(lambda x, u: layer._crops(x, u, "global"), jit_compile=True)
         close(step(images, draws), numpy(layer._crops(images, draws, "global")), 0, 1e-4)

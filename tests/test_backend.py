@@ -204,3 +204,21 @@ def test_without_a_compiler_blocks_run_uncompiled_with_one_warning(monkeypatch):
         actual = backend.fold(lambda x, inputs: affine(x, inputs), x, blocks)
     assert len(seen) == 1
     np.testing.assert_array_equal(numpy(actual), expected)
+
+
+def test_in_cache_equals_all_at_once(monkeypatch):
+    """Three images at a time, the last ones fewer, and two rows of `more` to each image."""
+    images, more = np.random.default_rng(0).random((8, 5), "float32"), np.arange(16.0)
+    images, more = ops.convert_to_tensor(images), ops.convert_to_tensor(more, "float32")
+    counts = []
+
+    def function(images, more):
+        counts.append(len(images))
+        return images * ops.reshape(more, (-1, 2))[:, 1:]
+
+    monkeypatch.setattr(backend, "CACHED_NUMBERS", 18)
+    result = numpy(backend.in_cache(function, images, more, size=5))
+    np.testing.assert_array_equal(result, numpy(images) * np.arange(1, 16, 2, "float32")[:, None])
+    assert counts == ([3, 3, 2] if keras.config.backend() == "torch" else [8])
+    assert len(numpy(backend.in_cache(function, images[:2], more[:4], size=50))) == 2
+    assert counts[-1] == (1 if keras.config.backend() == "torch" else 2)
