@@ -17,6 +17,7 @@ import keras_hub
 import numpy as np
 
 import keras_dinov3 as kd
+from keras_dinov3 import backend
 
 STEPS, WARM_UP = 30, 3
 
@@ -58,7 +59,8 @@ def update_of(optimizer, gradients):
 
         @tf.function(jit_compile=False)
         def apply():
-            optimizer.apply(gradients, variables)
+            with backend.compiled_pieces(True):  # as in a step of `DINOv3`
+                optimizer.apply(gradients, variables)
 
         def update():
             apply()

@@ -60,6 +60,18 @@ def parser():
         "--num-heads", type=int, help="attention heads, which files of meta do not tell"
     )
     command.add_argument(
+        "--layer-norm-eps",
+        type=float,
+        help="epsilon of the norms, which files of meta do not tell: 1e-5 in the released models "
+        "(default), 1e-6 where the training's `norm_layer` was layernorm",
+    )
+    command.add_argument(
+        "--image-size",
+        type=int,
+        help="height and width in pixels that the backbone is built for, which files of meta do "
+        "not tell. Default: 14 patches",
+    )
+    command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
@@ -86,6 +98,11 @@ def run_convert(arguments):
     if target_kind is None:
         folder_kind = "huggingface" if source_kind == "keras" else "keras"
         target_kind = "meta" if target.suffix in WEIGHT_FILES else folder_kind
+    if target_kind != "meta" and target.suffix in (*WEIGHT_FILES, ".bin"):
+        raise ValueError(
+            f"A target of kind {target_kind} is a folder, not a file of weights. "
+            f"Received: {target}. Leave out the suffix, or use `--to meta`."
+        )
     if target_kind == "meta" and target.suffix not in WEIGHT_FILES:
         raise ValueError(
             f"A target of kind meta must end in {', '.join(WEIGHT_FILES)}. Received: {target}."
@@ -126,9 +143,12 @@ def read_backbone(source, kind, arguments):
             "`--num-heads`: 6 for ViT-S, 12 for ViT-B, 16 for ViT-L, 20 for ViT-H+, 32 for ViT-7B."
         )
     weights = convert.read_weights(source)
-    return convert.backbone_from_meta(
-        weights, arguments.num_heads, arguments.part, dtype=arguments.dtype
-    )
+    config = {"dtype": arguments.dtype}
+    if arguments.layer_norm_eps is not None:
+        config["layer_norm_eps"] = arguments.layer_norm_eps
+    if arguments.image_size is not None:
+        config["image_shape"] = (arguments.image_size, arguments.image_size, 3)
+    return convert.backbone_from_meta(weights, arguments.num_heads, arguments.part, **config)
 
 
 def read_preset(folder, dtype):

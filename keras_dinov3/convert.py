@@ -302,12 +302,15 @@ def read_huggingface_weights(folder):
         raise ValueError(
             f"`weight_map` of {index_path} must map names to .safetensors files beside it."
         )
-    arrays = {}
+    arrays, wrong = {}, []
     for file in sorted(set(shards.values())):
-        arrays.update(read_weights(folder / file))
-    missing = [name for name in shards if name not in arrays]
-    if missing:
-        raise ValueError(f"The shards of {index_path} lack {', '.join(missing)}.")
+        held = read_weights(folder / file)
+        mapped = {name for name, where in shards.items() if where == file}
+        wrong += [f"{file} lacks {name}" for name in sorted(mapped - held.keys())]
+        wrong += [f"{file} also holds {name}" for name in sorted(held.keys() - mapped)]
+        arrays.update(held)
+    if wrong:
+        raise ValueError(f"{index_path} and its shards must agree. Received: {'; '.join(wrong)}.")
     return arrays
 
 
@@ -510,6 +513,10 @@ def with_extras(places, extras, width):
         is_scale = re.search(r"\.ls\d\.gamma$", name)
         return not (is_beta and extras.norm == RMS) and not (is_scale and not extras.layer_scale)
 
+    if extras.register_tokens is not None:
+        places["backbone.storage_tokens"] = Place(
+            tuple(extras.register_tokens.shape), ("extras.register_tokens",)
+        )
     for name in ("cls_norm", "local_cls_norm"):
         if getattr(extras, name) is not None:
             for theirs, ours in (("weight", "gamma"), ("bias", "beta")):

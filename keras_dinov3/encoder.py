@@ -73,6 +73,7 @@ def encode(
         [Oquab et al., 2023](https://arxiv.org/abs/2304.07193), section 5 (stochastic depth).
     """
     parts, extras = parts_of(backbone), extras or NO_EXTRAS
+    extras.check_use(training, seed)
     x, grid_size, num_prefix = embed(backbone, parts, images, masks, extras)
     function, blocks = blocks_of(
         backbone,
@@ -107,6 +108,7 @@ def encode_layers(backbone, images, layers=1, as_grid=False, normalize=True, ext
         ValueError: If there is no such block.
     """
     parts, extras = parts_of(backbone), extras or NO_EXTRAS
+    extras.check_use(False, None)
     count = len(parts.blocks)
     is_list = isinstance(layers, (list, tuple, range)) and len(layers)
     if is_count(layers, at_least=1) and layers <= count:

@@ -74,6 +74,10 @@ class EncoderExtras(keras.layers.Layer):
                 "`rope_periods` must be two numbers (min, max) with 0 < min < max. "
                 f"Received: {rope_periods=}."
             )
+        flags = {"untie_cls_norm": untie_cls_norm, "untie_local_cls_norm": untie_local_cls_norm}
+        for name, flag in {**flags, "layer_scale": layer_scale}.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"`{name}` must be True or False. Received: {name}={flag!r}.")
         strengths = (("rope_shift", rope_shift, 0), ("rope_jitter", rope_jitter, 1))
         for name, value, least in (*strengths, ("rope_rescale", rope_rescale, 1)):
             if value is not None:
@@ -138,6 +142,21 @@ class EncoderExtras(keras.layers.Layer):
                         scale.lambda1.assign(ops.ones(scale.lambda1.shape))
         self.built = True
         return self
+
+    def check_use(self, training, seed):
+        """Raises if these are settings without the weights they need, or draws without a seed."""
+        owns = (self.num_register_tokens, self.untie_cls_norm, self.untie_local_cls_norm)
+        if any(owns) and not self.built:
+            raise ValueError(
+                "These `EncoderExtras` have settings that need weights, and no weights yet. Of a "
+                "`DINOv3`, `extras` are the settings; pass `model.teacher_extras` or "
+                "`model.student_extras`, which belong to the backbones. Or `build_for(backbone)`."
+            )
+        if training and self.varies_rope and seed is None:
+            raise ValueError(
+                "Rotary positions that vary in training need a `seed`, a "
+                "`keras.random.SeedGenerator`. Received: seed=None."
+            )
 
     @property
     def changes_rope(self):

@@ -68,7 +68,8 @@ class DINOv3(ImageModel):
         koleo_distance: `"euclidean"` or `"cosine"`, see `losses.koleo_loss`.
         extras: `EncoderExtras` with what the backbone's class lacks: registers for a ViT, untied
             norms, varied rotary positions and more. `None`: nothing.
-        teacher: Backbone to start the teacher from. `None`: a copy of `backbone`.
+        teacher: Backbone to start the teacher from. `None`: a copy of `backbone`. With
+            `teacher_ema=None` it stays as it is, and `extras` are the student's alone.
         teacher_ema: `callbacks.TeacherEMA`; `"default"` is one with its defaults. `None`: the
             teacher is frozen, for distillation. A `TeacherEMA` among `fit`'s callbacks
             takes its place.
@@ -166,10 +167,13 @@ class DINOv3(ImageModel):
         self.seed = seed
         self.student = backbone
         self.teacher = copy_of(backbone) if teacher is None else teacher
+        self.has_foreign_teacher = teacher is not None and teacher_ema is None
         check_settings(self)
 
-        self.student_extras = self.make_extras("student", self.student)
-        self.teacher_extras = self.make_extras("teacher", self.teacher)
+        self.student_extras = self.make_extras("student", self.student, extras)
+        self.teacher_extras = self.make_extras(
+            "teacher", self.teacher, None if self.has_foreign_teacher else extras
+        )
         self.student_dino_head, self.student_ibot_head = self.make_heads(
             "student", self.student.hidden_dim
         )
@@ -335,9 +339,9 @@ class DINOv3(ImageModel):
             heads.append(head)
         return heads
 
-    def make_extras(self, name, backbone):
+    def make_extras(self, name, backbone, extras):
         """The `EncoderExtras` of one side, with the settings of `extras`."""
-        config = {} if self.extras is None else self.extras.get_config()
+        config = {} if extras is None else extras.get_config()
         config = {**config, "name": f"{name}_extras", "dtype": backbone.dtype_policy}
         return EncoderExtras(**config).build_for(backbone)
 
@@ -374,6 +378,8 @@ class DINOv3(ImageModel):
         for name in ARGUMENTS:
             config[name] = keras.saving.serialize_keras_object(getattr(self, name))
         config["backbone"] = keras.saving.serialize_keras_object(self.student)
+        if not self.has_foreign_teacher:
+            config["teacher"] = None  # a copy of the student until its weights are loaded
         config["frozen"] = [i for i, w in enumerate(self.student.weights) if not w.trainable]
         return config
 

@@ -84,8 +84,8 @@ class AdamW(keras.optimizers.Optimizer):
     plain AdamW with all multipliers 1, and all weights are one part. Its epsilon stands where
     Kingma & Ba have it, not where `keras.optimizers.AdamW` has.
 
-    `exclude_from_weight_decay` works, but as with all Keras optimizers it is not saved: call it
-    again after `load_model`.
+    `exclude_from_weight_decay` works, also after `load_model`: as with all Keras optimizers what it
+    says is not saved, so call it again there, before the next step.
 
     Schedules count updates, also under `gradient_accumulation_steps`, where those of Keras's own
     optimizers count batches.
@@ -201,6 +201,17 @@ class AdamW(keras.optimizers.Optimizer):
                 self._log[name] = self.add_variable(
                     (), dtype="float32", aggregation="only_first_replica", name=name
                 )
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """As of `keras.optimizers.Optimizer`, but also of an optimizer that is built.
+
+        A step that is compiled already keeps its rules: `compile` the model again then.
+        """
+        built, self._built = getattr(self, "_built", False), False
+        super().exclude_from_weight_decay(var_list, var_names)
+        self._built = built
+        if self.built:
+            self._multipliers = [self._multipliers_of(v) for v in self._trainable_variables]
 
     def update_step(self, gradient, variable, learning_rate):
         """Updates one weight and its moments.
@@ -376,7 +387,7 @@ def scaled_learning_rate(learning_rate, batch_size, rule="sqrt_wrt_1024"):
         the other is that of the [DINOv3](https://arxiv.org/abs/2508.10104) training code.
     """
     check_range("learning_rate", learning_rate, low=0, scheduled=False)
-    if not isinstance(batch_size, numbers.Real) or batch_size < 1:
+    if not isinstance(batch_size, numbers.Real) or not 1 <= batch_size < math.inf:
         raise ValueError(f"`batch_size` must be at least 1. Received: batch_size={batch_size!r}.")
     rules = {
         "sqrt_wrt_1024": 4 * math.sqrt(batch_size / 1024),

@@ -56,5 +56,7 @@ def seed_method(total_steps, num_register_tokens=0, seed=None):
         "ibot_average": "patches",
         "masking": RandomMasking(0.3, seed=seed),
         "extras": EncoderExtras(num_register_tokens=num_register_tokens),
-        "teacher_ema": TeacherEMA(WarmupCosine(0.996, total_steps, end=1.0)),
+        "teacher_ema": TeacherEMA(
+            WarmupCosine(0.996, total_steps, end=1.0, cosine_reaches_end=False)
+        ),
     }

@@ -248,7 +248,7 @@ def test_the_base_of_the_periods_is_found(theta, dtype):
 # A whole model
 
 
-def golden_model():
+def golden_model(num_register_tokens=4, **config):
     return tiny.model(
         backbone=keras_hub.models.DINOV3Backbone(
             patch_size=8,
@@ -256,9 +256,10 @@ def golden_model():
             hidden_dim=64,
             num_heads=2,
             intermediate_dim=256,
-            num_register_tokens=4,
+            num_register_tokens=num_register_tokens,
             image_shape=(32, 32, 3),
         ),
+        **config,
         num_prototypes=96,
         num_patch_prototypes=80,
         head_hidden_dim=64,
@@ -288,6 +289,14 @@ def test_load_meta_loads_one_side(part):
             np.testing.assert_array_equal(numpy(kernel).T, weights[f"mlp.{place}.weight"])
         np.testing.assert_array_equal(numpy(head.bottleneck.bias), weights["mlp.4.bias"])
         np.testing.assert_array_equal(numpy(head.prototypes.kernel).T, weights["last_layer.weight"])
+
+
+def test_load_meta_knows_registers_of_extras():
+    golden = Golden("fb_step")
+    model = golden_model(0, extras=kd.EncoderExtras(num_register_tokens=4))
+    convert.load_meta(model, golden.part("student/"), "student")
+    registers = numpy(model.student_extras.register_tokens)
+    np.testing.assert_array_equal(registers, golden["student/backbone.storage_tokens"])
 
 
 def test_load_meta_knows_extras():
@@ -681,7 +690,11 @@ def test_damaged_shards(tmp_path):
         with pytest.raises(ValueError, match="weight_map"):
             convert.backbone_from_huggingface(tmp_path)
     index.write_text(json.dumps({"weight_map": {**good, "extra": good["norm.bias"]}}))
-    with pytest.raises(ValueError, match="lack extra"):
+    with pytest.raises(ValueError, match="lacks extra"):
+        convert.backbone_from_huggingface(tmp_path)
+    other = next(file for file in good.values() if file != good["norm.bias"])
+    index.write_text(json.dumps({"weight_map": {**good, "norm.bias": other}}))
+    with pytest.raises(ValueError, match=r"lacks norm\.bias.*also holds norm\.bias"):
         convert.backbone_from_huggingface(tmp_path)
     index.write_text(json.dumps({"weight_map": {**good, "a": "missing.safetensors"}}))
     with pytest.raises(FileNotFoundError, match=r"missing\.safetensors"):
@@ -750,6 +763,15 @@ def test_command_keeps_bfloat16_if_told(tmp_path):
     same_bytes(wide, {name: array.astype("float32") for name, array in start.items()})
 
 
+def test_command_takes_what_weights_do_not_tell(tmp_path):
+    convert.write_weights(Golden("fb_vit_mlp").part("weights/"), tmp_path / "a.safetensors")
+    paths = [str(tmp_path / name) for name in ("a.safetensors", "hf")]
+    options = ["--num-heads", "2", "--layer-norm-eps", "1e-6", "--image-size", "48"]
+    assert cli.main(["convert", *paths, *options, "--to", "huggingface"]) == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["layer_norm_eps"], config["image_size"]) == (1e-6, 48)
+
+
 def test_command_takes_a_part(tmp_path):
     golden = Golden("fb_step")
     sides = {f"student.{name}": a for name, a in golden.part("student/").items()}
@@ -788,6 +810,7 @@ def test_command_as_a_process(tmp_path):
         (["a.pth", "new"], "--num-heads"),
         (["a.pth", "new", "--num-heads", "3"], "num_heads=3"),
         (["a.pth", "new", "--num-heads", "2", "--to", "meta"], "must end in"),
+        (["a.pth", "new.bin", "--num-heads", "2"], "is a folder, not a file"),
         (["there", "new"], "neither"),
         (["text.txt", "new"], "neither"),
         (["there", "new", "--from", "keras"], "no readable Keras Hub preset"),

@@ -192,9 +192,11 @@ def test_golden_vit_in_training(name):
     _, gradients = meta.gradients_of(function, weights, names)
     norms = [np.linalg.norm(gradients[name].astype("float64")) for name in names]
     golden.check(np.array(norms), "grad_norms")
-    for name in names:
-        if f"grad/{name}" in golden.keys():
-            golden.check(gradients[name], f"grad/{name}")
+    stored = {key.removeprefix("grad/") for key in golden.keys() if key.startswith("grad/")}
+    assert len(stored & set(names)) >= 7
+    for name in stored & set(names):
+        golden.check(gradients[name], f"grad/{name}")
+    assert stored - set(names) <= {"image_global", "image_local"}
 
 
 def test_layers_by_number():
@@ -575,3 +577,17 @@ def test_compiled_blocks_equal_plain_ones():
 
         counters = torch._dynamo.utils.counters
         assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_extras_that_cannot_be_used():
+    backbone, x = small_backbone(), ops.convert_to_tensor(images(2, 16, 24, 3))
+    for settings in ({"untie_cls_norm": True}, {"untie_local_cls_norm": True}):
+        for function in (encode, encode_layers):
+            with pytest.raises(ValueError, match="no weights yet.*model.teacher_extras"):
+                function(backbone, x, extras=EncoderExtras(**settings))
+    extras = EncoderExtras(rope_shift=0.5)
+    with pytest.raises(ValueError, match="need a `seed`"):
+        encode(backbone, x, training=True, extras=extras)
+    encode(backbone, x, extras=extras)
+    with pytest.raises(ValueError, match="`layer_scale` must be True or False"):
+        EncoderExtras(layer_scale="false")

@@ -586,3 +586,25 @@ def test_without_a_seed_a_resumed_run_keeps_the_order(tmp_path):
     resumed.fit(images, batch_size=tiny.B, epochs=1, verbose=0)
     for a, b in zip(student_weights(model), student_weights(resumed), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_extras_leave_a_foreign_teacher_alone(tmp_path):
+    teacher = tiny.backbone(hidden_dim=48, layer_scale_init_value=0.1)
+    images = ops.convert_to_tensor(tiny.crops()["global_crops"][:, 0])
+    before = numpy(kd.encode(teacher, images).cls)
+    extras = kd.EncoderExtras(layer_scale=False, norm="rms", rope_periods=(0.5, 9.0))
+    model = tiny.model(teacher=teacher, teacher_ema=None, extras=extras)
+    after = kd.encode(model.teacher, images, extras=model.teacher_extras).cls
+    np.testing.assert_array_equal(numpy(after), before)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    after = kd.encode(loaded.teacher, images, extras=loaded.teacher_extras).cls
+    np.testing.assert_allclose(numpy(after), before, atol=1e-6)
+    assert loaded.student_extras.norm == "rms"
+
+
+def test_a_frozen_copy_keeps_its_extras(tmp_path):
+    model = tiny.model(teacher_ema=None, extras=kd.EncoderExtras(norm="rms"))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.teacher_extras.norm == "rms"
