@@ -1,18 +1,25 @@
-"""Image folders in, batches out; files that cannot be read are skipped and counted."""
+"""Image folders and tar files in, batches out; broken files are skipped and counted."""
 
 import os
 import random
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
-from PIL import Image, ImageOps
 
-from keras_dinov3.schedules import check_count, is_count
-
-# Formats that Pillow names but opens only with another program, if at all.
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+from keras_dinov3.image_cache import read_images
+from keras_dinov3.image_files import (
+    classes_of,
+    find_all,
+    first_few,
+    height_and_width,
+    image_suffixes,
+    load_image,
+    reason,
+)
+from keras_dinov3.schedules import check_count
 
 
 def image_folder(
@@ -25,22 +32,37 @@ def image_folder(
     drop_remainder=True,
     check=True,
     cache=False,
+    prefetch=2,
     num_threads=None,
     verbose=1,
 ):
-    """Batches of the images in a folder and its subfolders, for `fit`.
+    """Batches of the images in a folder and its subfolders, or in tar files, for `fit`.
 
     A file counts as an image if Pillow knows its suffix; hidden files and folders are left out,
-    links are followed. Every such file is decoded once at the start, in parallel. Those that
-    cannot be, and therefore are skipped, are counted in one warning and named in `.unreadable`.
+    links are followed (not in tar files). Every such file is decoded once at the start, in
+    parallel. Those that cannot be, and therefore are skipped, are counted in one warning and named
+    in `.unreadable`. JPEGs much larger than needed are decoded at a fraction of their size.
+
+    Tar files are read in place, at any member; nothing is unpacked.
+
+    TFRecord files have a reader in TensorFlow, and `fit` takes its batches under every backend:
+
+    ```python
+    features = {"image/encoded": tf.io.FixedLenFeature([], tf.string)}
+    read = lambda x: tf.io.decode_jpeg(tf.io.parse_single_example(x, features)["image/encoded"], 3)
+    resize = keras.layers.Resizing(256, 256, crop_to_aspect_ratio=True, dtype="uint8")
+    data = tf.data.TFRecordDataset(paths).map(lambda x: resize(read(x)), tf.data.AUTOTUNE)
+    data = data.batch(64, drop_remainder=True).prefetch(2)
+    ```
 
     Args:
-        directory: Path of the folder.
+        directory: Path of the folder, or of an uncompressed tar file, or a list of such files.
         image_size: Int or `(height, width)` in pixels. Images are scaled to cover this size,
             keeping their aspect ratio, and cropped around their centre.
         batch_size: Int. Images in a batch.
         labels: `None` for images alone, or `"folders"`: the subfolders of `directory` are the
-            classes, numbered in the order of their names, and batches are `(images, labels)`.
+            classes, numbered in the order of their names, and batches are `(images, labels)`. In
+            tar files, folders that all images share do not count, unless there are no others.
         shuffle: Whether to draw a new order for each epoch.
         seed: Int for that order. Default: from `random`, which `keras.utils.set_random_seed` seeds.
         drop_remainder: Whether to leave out a short last batch (other images in each epoch, if
@@ -48,7 +70,11 @@ def image_folder(
         check: Whether to decode all files at the start. If false, which saves that pass over a
             very large folder, a broken file is found when its turn comes and the next one that
             can be read takes its place.
-        cache: Whether to keep the decoded images in memory: `height * width * 3` bytes each.
+        cache: Whether to keep the decoded images in memory, in one uint8 array of
+            `height * width * 3` bytes for each (`.images.nbytes` in all). A path ending in `.npy`:
+            in this file instead, of which the system holds in memory what fits; it is used again
+            by later runs, as long as the image files have the same names, sizes and times.
+        prefetch: Int. Batches that are decoded ahead while the model trains on another.
         num_threads: Int. Threads that decode, here and during `fit`. Default: one per CPU core.
         verbose: 1 shows a progress bar during the check, 0 does not.
 
@@ -56,21 +82,21 @@ def image_folder(
         `ImageBatches`, a `keras.utils.PyDataset`.
 
     Raises:
-        ValueError: If `directory` is not a folder or holds no readable image, if an argument
-            is out of range, or if `labels="folders"` meets an image outside of a subfolder.
+        ValueError: If `directory` is not there or holds no readable image, if a tar file is
+            compressed or damaged, if an argument is out of range, or if `labels="folders"` meets
+            an image outside of a subfolder.
     """
-    directory = os.fspath(directory)
-    if not os.path.isdir(directory):
-        raise ValueError(f"`directory` must be an existing folder. Received: {directory}")
     if labels not in (None, "folders"):
         raise ValueError(f'`labels` must be None or "folders". Received: labels={labels!r}.')
     image_size = height_and_width(image_size)
     suffixes = image_suffixes()
-    seen = list(find_files(directory))
-    files = [path for path in seen if os.path.splitext(path)[1].lower() in suffixes]
-    class_names = None
+    directory, seen = find_all(directory)
+    found = {
+        file: folders for file, folders in seen if os.path.splitext(file)[1].lower() in suffixes
+    }
+    files, class_names = list(found), None
     if labels == "folders":
-        classes = [top_folder(path, directory) for path in files]
+        classes = classes_of(found)
         class_names = sorted(set(classes))
 
     images, unreadable = None, {}
@@ -99,6 +125,7 @@ def image_folder(
         drop_remainder=drop_remainder,
         images=images,
         unreadable=unreadable,
+        prefetch=prefetch,
         num_threads=num_threads,
     )
 
@@ -131,14 +158,16 @@ class ShuffledBatches(keras.utils.PyDataset):
 class ImageBatches(ShuffledBatches):
     """Batches of image files: uint8 `(B, H, W, 3)`, or `(images, labels)`.
 
-    `image_folder` makes one of a folder; make one yourself for files listed in another way.
+    `image_folder` makes one of a folder or tar files; make one yourself for files listed in
+    another way.
 
     The order is a function of `seed` and `position`, the steps made before the epoch.
     `DINOv3.fit` sets it from the model's step, so that a resumed run goes on in the same order;
     elsewhere `on_epoch_end` counts it. Other models' `fit` by default also shuffles the batches
     as a whole, with Python's `random`; `fit(shuffle=False)` leaves them in the order given here.
 
-    The images of a batch are decoded in parallel. With `workers` above 1 Keras reads ahead, but
+    The images of a batch are decoded in parallel, and so are those of the next `prefetch` batches
+    while the model trains on this one. With `workers` above 1 Keras itself reads ahead instead, but
     then (Keras 3.15 on PyTorch and JAX) repeats some batches and leaves out others.
 
     Args:
@@ -150,10 +179,13 @@ class ImageBatches(ShuffledBatches):
         shuffle: Whether to draw a new order for each epoch.
         seed: Int for that order. Default: drawn from Python's `random`.
         drop_remainder: Whether to leave out a short last batch.
-        images: List of the decoded images, uint8 `(H, W, 3)`, or `None` to read them from the
-            files whenever they are needed.
+        images: The decoded images, uint8 `(n, H, W, 3)`, or `None` to read them from the files
+            whenever they are needed.
+        rows: List of ints: where in `images` each file's image is. `None`: in the files' order.
         unreadable: Dict of the paths already found unreadable and the reasons, or `None`.
-        num_threads: Int. Threads that decode a batch. Default: one per CPU core.
+        prefetch: Int. Batches that are decoded ahead, in the order of their use: `prefetch *
+            batch_size * height * width * 3` bytes.
+        num_threads: Int. Threads that decode. Default: one per CPU core.
         **kwargs: Keyword arguments of `keras.utils.PyDataset`: `workers`,
             `use_multiprocessing`, `max_queue_size`.
 
@@ -177,12 +209,17 @@ class ImageBatches(ShuffledBatches):
         seed=None,
         drop_remainder=True,
         images=None,
+        rows=None,
         unreadable=None,
+        prefetch=2,
         num_threads=None,
         **kwargs,
     ):
         super().__init__(len(files), shuffle, seed, **kwargs)
         check_count("batch_size", batch_size, at_least=1)
+        check_count("prefetch", prefetch)
+        if num_threads is not None:
+            check_count("num_threads", num_threads, at_least=1)
         if len(files) < (batch_size if drop_remainder else 1):
             raise ValueError(
                 f"There must be at least one batch. Received: {len(files)} readable images with "
@@ -200,8 +237,11 @@ class ImageBatches(ShuffledBatches):
         self.class_names = class_names
         self.drop_remainder = drop_remainder
         self.images = images
+        self.rows = np.arange(len(files)) if rows is None else np.asarray(rows)
         self.unreadable = {} if unreadable is None else unreadable
+        self.prefetch = prefetch
         self.num_threads = num_threads
+        self._forget_threads()
 
     @property
     def num_batches(self):
@@ -214,33 +254,80 @@ class ImageBatches(ShuffledBatches):
     def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} batches. Received: index={index}.")
-        members = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         if self.images is not None:
-            images = [self.images[member] for member in members]
+            members = self._members(index)
+            images = np.asarray(self.images[self.rows[members]])
         else:
-            known = len(self.unreadable)
-            with ThreadPoolExecutor(self.num_threads or os.cpu_count()) as pool:
-                images, members = zip(*pool.map(self._load, members), strict=True)
-            new = dict(list(self.unreadable.items())[known:])
+            loaded = [future.result() for future in self._begin(index)]
+            images, members, failed = zip(*loaded, strict=True)
+            failed = {path: why for failures in failed for path, why in failures.items()}
+            new = {path: why for path, why in failed.items() if path not in self.unreadable}
+            self.unreadable.update(new)
             if new:
                 warnings.warn(
                     f"Replaced {len(new)} files that could not be read.{first_few(new)}",
                     stacklevel=2,
                 )
-        images = np.stack(images)
+            images = np.stack(images)
         return images if self.labels is None else (images, self.labels[list(members)])
 
+    def _members(self, index):
+        return self.order[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def _begin(self, index):
+        """Futures of the images of a batch; those of the batches after it are started too."""
+        with self._lock:
+            if self._pool is None or self._process != os.getpid():  # threads do not survive a fork
+                self._pool = ThreadPoolExecutor(self.num_threads or os.cpu_count())
+                self._process, self._ahead = os.getpid(), {}
+            is_next = index in (0, self._last + 1)
+            reads_ahead = is_next and self.workers <= 1 and not self.use_multiprocessing
+            end = min(index + self.prefetch, len(self) - 1) if reads_ahead else index
+            for key in list(self._ahead):
+                position, batch = key
+                if position != self.position or (reads_ahead and not index <= batch <= end):
+                    for future in self._ahead.pop(key):
+                        future.cancel()
+            for batch in range(index, end + 1):
+                if (self.position, batch) not in self._ahead:
+                    work = [self._pool.submit(self._load, m) for m in self._members(batch)]
+                    self._ahead[self.position, batch] = work
+            self._last = index
+            return self._ahead.pop((self.position, index))
+
     def _load(self, index):
-        """The image at `index`, or the next one that can be read, and its index."""
+        """The image at `index`, or the next one that can be read; its index; what failed."""
+        failed = {}
         for candidate in (*range(index, len(self.files)), *range(index)):
             path = self.files[candidate]
             try:
-                return load_image(path, self.image_size), candidate
+                return load_image(path, self.image_size), candidate, failed
             except Exception as error:  # Pillow's decoders raise nearly every type
-                self.unreadable[path] = reason(error, path)
+                failed[path] = reason(error, path)
         raise ValueError(
-            f"None of the {len(self.files)} files can be read." + first_few(self.unreadable)
+            f"None of the {len(self.files)} files can be read."
+            + first_few({**self.unreadable, **failed})
         )
+
+    def _forget_threads(self):
+        self._lock = threading.Lock()
+        self._pool = self._process = None
+        self._ahead = {}  # futures of the images of a batch, by position and index
+        self._last = -1  # index of the batch last asked for
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        for name in ("_lock", "_pool", "_process", "_ahead", "_last"):
+            del state[name]
+        if isinstance(self.images, np.memmap):
+            state["images"] = self.images.filename
+        return state
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if isinstance(self.images, str):
+            self.images = np.load(self.images, mmap_mode="r")
+        self._forget_threads()
 
     def split(self, fraction, seed=0):
         """Two disjoint parts, for instance to hold out images for `callbacks.KNN`.
@@ -278,130 +365,12 @@ class ImageBatches(ShuffledBatches):
             shuffle=shuffle,
             seed=self.seed,
             drop_remainder=drop_remainder,
-            images=None if self.images is None else [self.images[index] for index in members],
+            images=self.images,
+            rows=self.rows[members],
             unreadable=self.unreadable,
+            prefetch=self.prefetch,
             num_threads=self.num_threads,
             workers=self.workers,
             use_multiprocessing=self.use_multiprocessing,
             max_queue_size=self.max_queue_size,
         )
-
-
-def load_image(path, image_size):
-    """Reads one image file of any format and mode that Pillow decodes.
-
-    The camera's orientation tag is applied, transparency put on white, and the first frame of
-    an animation taken. 16-bit grey keeps its full range; 32-bit integers and floats, which have
-    no range of their own, are stretched from their least to their greatest value.
-
-    Args:
-        path: Path of the file.
-        image_size: Int or `(height, width)` in pixels. The image is scaled (bicubic, with
-            antialiasing) to cover this size and cropped around its centre.
-
-    Returns:
-        uint8 array `(height, width, 3)`, RGB.
-
-    Raises:
-        Exception: Of nearly any type, from Pillow, if the file is broken.
-    """
-    height, width = height_and_width(image_size)
-    with Image.open(path) as image:
-        # JPEG decodes at a fraction of its size for less; twice the target hides the difference.
-        image.draft(None, (2 * max(height, width),) * 2)
-        image = to_rgb(ImageOps.exif_transpose(image))
-    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
-
-
-def to_rgb(image):
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.nan_to_num(np.asarray(image, "float32"), posinf=0.0, neginf=0.0)
-        low, high = values.min(), values.max()
-        if image.mode != "F" and 0 <= low and high <= 65535:
-            low, high = 0, 65535
-        values = (values - low) * (255 / max(high - low, np.finfo("float32").tiny))
-        image = Image.fromarray(np.rint(values).astype("uint8"))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def read_images(files, image_size, keep, num_threads, verbose):
-    """Decodes all files; returns the images (`None` if not to `keep`) and what went wrong."""
-
-    def read(path):
-        try:
-            image = load_image(path, image_size)
-        except Exception as error:  # Pillow's decoders raise nearly every type
-            return None, reason(error, path)
-        return (image if keep else None), None
-
-    images, unreadable = [], {}
-    progress = keras.utils.Progbar(len(files), verbose=verbose, interval=1.0, unit_name="image")
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        for start in range(0, len(files), 256):  # blocks, since `map` queues all it is given
-            block = files[start : start + 256]
-            for path, (image, error) in zip(block, pool.map(read, block), strict=True):
-                if error:
-                    unreadable[path] = error
-                elif keep:
-                    images.append(image)
-            progress.update(start + len(block))
-    return (images if keep else None), unreadable
-
-
-def find_files(folder, above=frozenset()):
-    """Yields the paths of all files below `folder` that are not hidden, sorted by name."""
-    here = os.path.realpath(folder)
-    if here in above:  # a link that leads back up
-        return
-    with os.scandir(folder) as entries:
-        entries = sorted(entries, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from find_files(entry.path, above | {here})
-        else:
-            yield entry.path
-
-
-def image_suffixes():
-    """Suffixes that Pillow and its plugins read, asked anew since plugins may be added."""
-    Image.init()
-    return {
-        suffix
-        for suffix, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in NOT_DECODED
-    }
-
-
-def top_folder(path, directory):
-    parts = os.path.relpath(path, directory).split(os.sep)
-    if len(parts) == 1:
-        raise ValueError(
-            '`labels="folders"` needs every image in a subfolder of `directory`, which names its '
-            f"class. Received: {path}. Use `labels=None` for images without classes."
-        )
-    return parts[0]
-
-
-def height_and_width(image_size):
-    size = tuple(image_size) if hasattr(image_size, "__len__") else (image_size, image_size)
-    if len(size) != 2 or not all(is_count(side, at_least=1) for side in size):
-        raise ValueError(
-            "`image_size` must be a positive int or a pair (height, width) of them, in pixels. "
-            f"Received: image_size={image_size}."
-        )
-    return size
-
-
-def reason(error, path):
-    """What the error says, without the path that Pillow and the system put into it."""
-    return str(error).replace(repr(path), "").strip(": ") or type(error).__name__
-
-
-def first_few(unreadable):
-    names = [f"{path} ({why})" for path, why in list(unreadable.items())[:3]]
-    return f" First: {', '.join(names)}." if names else ""

@@ -1,5 +1,12 @@
+import gc
+import io
 import os
+import pickle
 import random
+import re
+import tarfile
+import threading
+import time
 import warnings
 
 import keras
@@ -7,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_dinov3.data import ImageBatches, image_folder, load_image
+from keras_dinov3 import data as data_module
+from keras_dinov3.data import ImageBatches, image_folder
 
 SIZE = (6, 10)  # height, width
 
@@ -36,115 +44,6 @@ def values_of(images):
 
 def folder_of(directory, batch_size=3, **kwargs):
     return image_folder(directory, SIZE, batch_size, **{"verbose": 0, **kwargs})
-
-
-# ---- one image ----
-
-
-def test_image_of_the_right_size_is_unchanged(tmp_path):
-    pixels = noise(*SIZE)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(load_image(tmp_path / "a.png", SIZE), pixels)
-
-
-@pytest.mark.parametrize("height, width, kept", [(6, 16, np.s_[:, 3:13]), (12, 10, np.s_[3:9])])
-def test_crops_around_the_centre(tmp_path, height, width, kept):
-    pixels = noise(height, width)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(load_image(tmp_path / "a.png", SIZE), pixels[kept])
-
-
-def test_covers_the_size_when_enlarging_and_reducing(tmp_path):
-    ramp = np.linspace(20, 220, 64).astype("uint8")
-    pixels = np.broadcast_to(ramp[:, None, None], (64, 128, 3))  # brighter downwards
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    for side in (8, 200):
-        image = load_image(tmp_path / "a.png", side).astype("float32")
-        assert image.shape == (side, side, 3)
-        expected = 20 + 200 * (np.arange(side) + 0.5) / side
-        assert np.abs(image - expected[:, None, None]).max() < 200 / side + 4
-
-
-def test_large_jpeg_looks_as_if_decoded_in_full(tmp_path):
-    y, x = np.mgrid[:640, :960] / 640
-    waves = [np.sin(170 * x + 30 * y), np.cos(190 * y), np.sin(80 * x * y)]
-    pixels = (127 + 100 * np.stack(waves, -1)).astype("uint8")
-    image = Image.fromarray(pixels)
-    image.save(tmp_path / "a.jpg", quality=95)
-    expected = np.asarray(image.crop((160, 0, 800, 640)).resize((90, 90), Image.Resampling.BICUBIC))
-    error = np.abs(load_image(tmp_path / "a.jpg", 90).astype("int32") - expected)
-    assert error.mean() < 1.5 and expected.std() > 60
-
-
-@pytest.mark.parametrize(
-    "orientation, upright",
-    [
-        (1, lambda stored: stored),
-        (2, lambda stored: stored[:, ::-1]),
-        (3, lambda stored: stored[::-1, ::-1]),
-        (4, lambda stored: stored[::-1]),
-        (5, lambda stored: stored.transpose(1, 0, 2)),
-        (6, lambda stored: np.rot90(stored, -1)),
-        (7, lambda stored: stored[::-1, ::-1].transpose(1, 0, 2)),
-        (8, lambda stored: np.rot90(stored)),
-    ],
-)
-def test_applies_the_orientation_tag(tmp_path, orientation, upright):
-    stored = noise(*SIZE)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
-    expected = upright(stored)
-    np.testing.assert_array_equal(load_image(tmp_path / "a.png", expected.shape[:2]), expected)
-
-
-def saved_modes():
-    """Pillow mode, file name, image, and the RGB of its only colour."""
-    size = (SIZE[1], SIZE[0])
-    palette = Image.new("P", size, 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    transparent = palette.copy()
-    transparent.info["transparency"] = 1
-    grey16 = np.full(SIZE, 200 * 257, "uint16")
-    ramp = np.full(SIZE, -3.0, "float32")
-    ramp[0, 0] = 7.0  # only here to give the range
-    return [
-        ("1", "a.png", Image.new("1", size, 1), (255, 255, 255)),
-        ("L", "a.png", Image.new("L", size, 40), (40, 40, 40)),
-        ("LA", "a.png", Image.new("LA", size, (40, 0)), (255, 255, 255)),
-        ("P", "a.gif", palette, (10, 200, 30)),
-        ("P", "a.png", transparent, (255, 255, 255)),
-        ("RGBA", "a.png", Image.new("RGBA", size, (50, 100, 150, 255)), (50, 100, 150)),
-        ("RGBA", "a.webp", Image.new("RGBA", size, (0, 0, 0, 0)), (255, 255, 255)),
-        ("RGBA", "a.tif", Image.new("RGBA", size, (0, 0, 0, 51)), (204, 204, 204)),
-        ("CMYK", "a.tif", Image.new("CMYK", size, (0, 255, 0, 0)), (255, 0, 255)),
-        ("I;16", "a.png", Image.fromarray(grey16), (200, 200, 200)),
-        ("I", "a.pgm", Image.fromarray(grey16.astype("int32")), (200, 200, 200)),
-        ("F", "a.tif", Image.fromarray(ramp), (0, 0, 0)),
-    ]
-
-
-@pytest.mark.parametrize("mode, name, image, colour", saved_modes())
-def test_every_mode_becomes_rgb(tmp_path, mode, name, image, colour):
-    image.save(tmp_path / name, **image.info)
-    with Image.open(tmp_path / name) as opened:
-        assert opened.mode == mode
-    pixels = load_image(tmp_path / name, SIZE)
-    assert pixels.shape == (*SIZE, 3) and pixels.dtype == "uint8"
-    np.testing.assert_array_equal(pixels[-1, -1], colour)
-
-
-def test_reads_float_range_despite_missing_values(tmp_path):
-    values = np.full(SIZE, np.nan, "float32")
-    values[0, :3] = [-2.0, 2.0, np.inf]
-    Image.fromarray(values).save(tmp_path / "a.tif")
-    pixels = load_image(tmp_path / "a.tif", SIZE)[..., 0]
-    assert pixels[0, 0] == 0 and pixels[0, 1] == 255 and pixels[0, 2] == pixels[-1, -1] == 128
-
-
-def test_takes_the_first_frame(tmp_path):
-    plain(10).save(tmp_path / "a.gif", save_all=True, append_images=[plain(90)])
-    assert (load_image(tmp_path / "a.gif", SIZE) == 10).all()
 
 
 # ---- which files ----
@@ -231,7 +130,112 @@ def test_cached_images_need_no_files(tmp_path):
     for path in tmp_path.iterdir():
         os.remove(path)
     assert [values_of(batch) for batch in cached] == expected
-    assert sum(len(values_of(batch)) for part in cached.split(0.5) for batch in part) == 6
+    assert cached.images.shape == (6, *SIZE, 3) and cached.images.nbytes == 6 * 6 * 10 * 3
+    parts = cached.split(0.5)
+    assert sorted(v for part in parts for batch in part for v in values_of(batch)) == [*range(6)]
+    for part in parts:  # the same memory, not a copy
+        assert part.images is cached.images
+
+
+def test_images_cached_in_a_file_go_with_their_labels(tmp_path):
+    write_plain(tmp_path / "in" / "a", 3)
+    broken = break_files(tmp_path / "in" / "a")
+    write_plain(tmp_path / "in" / "b", 3, start=3)
+    expected = [[0, 1, 2], [3, 4, 5]]
+    for _ in range(2):  # made, then found
+        with pytest.warns(UserWarning, match="Skipped 4 of 10"):
+            data = folder_of(
+                tmp_path / "in", labels="folders", cache=tmp_path / "c.npy", shuffle=False
+            )
+        assert sorted(data.unreadable) == broken and isinstance(data.images, np.memmap)
+        assert [values_of(images) for images, _ in data] == expected
+        assert [labels.tolist() for _, labels in data] == [[0, 0, 0], [1, 1, 1]]
+    state = pickle.dumps(data)
+    assert len(state) < 4000  # not the images
+    assert [values_of(images) for images, _ in pickle.loads(state)] == expected
+
+
+# ---- tar files ----
+
+
+def write_tar(path, values, kind=tarfile.PAX_FORMAT):
+    """A tar file of plain images, from a dict of member name to grey value, or to `bytes`."""
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, value in values.items():
+            content = value
+            if not isinstance(value, bytes):
+                buffer = io.BytesIO()
+                plain(value).save(buffer, "PNG")
+                content = buffer.getvalue()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_tar_file_gives_the_batches_of_the_folder_in_it(tmp_path):
+    write_plain(tmp_path / "in" / "cat" / "deep", 2, start=3)
+    write_plain(tmp_path / "in" / "ant", 3)
+    write_plain(tmp_path / "in" / "cat.b", 2, start=5)
+    broken = break_files(tmp_path / "in" / "ant")
+    (tmp_path / "in" / "ant" / "notes.txt").write_text("no image")
+    (tmp_path / "in" / "ant" / ".hidden.png").write_text("")
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for path in sorted((tmp_path / "in").rglob("*"), reverse=True):
+            tar.add(path, path.relative_to(tmp_path), recursive=False)
+    settings = {"labels": "folders", "batch_size": 2, "seed": 6}
+    with pytest.warns(UserWarning, match="Skipped 4 of 11 image files"):
+        folder = folder_of(tmp_path / "in", **settings)
+    with pytest.warns(UserWarning, match="Skipped 3 of 10 image files in .*in.tar because"):
+        tarred = folder_of(tmp_path / "in.tar", **settings)
+    assert sorted(tarred.unreadable) == [p.replace("/in/", "/in.tar/in/") for p in broken[:3]]
+    assert tarred.class_names == folder.class_names == ["ant", "cat", "cat.b"]
+    assert [f.replace("/in.tar", "") for f in tarred.files] == folder.files
+    for (images, labels), (expected, classes) in zip(tarred, folder, strict=True):
+        np.testing.assert_array_equal(images, expected)
+        np.testing.assert_array_equal(labels, classes)
+    assert sorted(os.listdir(tmp_path)) == ["in", "in.tar"]  # nothing unpacked
+
+
+def test_several_tar_files_are_one_set_of_images(tmp_path):
+    write_tar(tmp_path / "b.tar", {"all/x/0.png": 0, "all/y/0.png": 1})
+    write_tar(tmp_path / "a.tar", {"all/x/0.png": 2, "all/z/0.png": 3}, tarfile.GNU_FORMAT)
+    paths = [tmp_path / "b.tar", str(tmp_path / "a.tar")]
+    data = folder_of(paths, batch_size=4, labels="folders", shuffle=False, cache=True)
+    images, labels = data[0]
+    assert values_of(images) == [0, 1, 2, 3] and labels.tolist() == [0, 1, 0, 2]
+    assert data.class_names == ["x", "y", "z"]  # `all` is no class
+    data = folder_of(paths, batch_size=4, shuffle=False, check=False, drop_remainder=False)
+    assert values_of(pickle.loads(pickle.dumps(data))[0]) == [0, 1, 2, 3]
+    assert sum(len(values_of(part[0])) for part in data.split(0.5)) == 4
+
+
+def test_one_class_in_a_tar_file_keeps_its_name(tmp_path):
+    write_tar(tmp_path / "a.tar", {"./all/x/0.png": 0, "./all/x/1.png": 1})
+    data = folder_of(tmp_path / "a.tar", batch_size=2, labels="folders", shuffle=False)
+    assert data.class_names == ["x"] and data[0][1].tolist() == [0, 0]
+    write_tar(tmp_path / "b.tar", {"x/0.png": 0, "1.png": 1})
+    with pytest.raises(ValueError, match=r'labels="folders".*b.tar/1.png'):
+        folder_of(tmp_path / "b.tar", batch_size=2, labels="folders")
+
+
+def test_a_file_lost_inside_a_tar_file_does_not_stop_training(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.png": 0, "1.png": b"no image", "2.png": 2})
+    data = folder_of(tmp_path / "a.tar", shuffle=False, check=False)
+    with pytest.warns(UserWarning, match="Replaced 1 files.* First: .*a.tar/1.png"):
+        assert values_of(data[0]) == [0, 2, 2]
+
+
+def test_paths_that_do_not_go_together(tmp_path):
+    write_plain(tmp_path / "in", 1)
+    write_tar(tmp_path / "a.tar", {"0.png": 0})
+    with pytest.raises(ValueError, match="must all be tar files. Received a folder.*in"):
+        folder_of([tmp_path / "a.tar", tmp_path / "in"])
+    with pytest.raises(ValueError, match=r"existing folder.*Received: \[\]"):
+        folder_of([])
+    with pytest.raises(ValueError, match="No readable image in 2 tar files: 2 files seen, 0 of"):
+        write_tar(tmp_path / "b.tar", {"0.txt": b""})
+        write_tar(tmp_path / "c.tar", {"0.txt": b""})
+        folder_of([tmp_path / "b.tar", tmp_path / "c.tar"])
 
 
 # ---- batches ----
@@ -313,6 +317,122 @@ def test_batches_of_a_list_of_files(tmp_path):
     assert batches == [([2, 0], [5, 3]), ([1], [4])]
 
 
+# ---- reading ahead ----
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that have been decoded, in the order in which that began."""
+    names, load = [], data_module.load_image
+
+    def spy(path, image_size):
+        names.append(os.path.basename(path))
+        return load(path, image_size)
+
+    monkeypatch.setattr(data_module, "load_image", spy)
+    return names
+
+
+def settled(names, count):
+    """Whether `count` files have been decoded and no more are."""
+    end = time.monotonic() + 5
+    while len(names) < count and time.monotonic() < end:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    return len(names) == count
+
+
+def ahead_of(tmp_path, count=12, **kwargs):
+    write_plain(tmp_path, count)
+    return folder_of(tmp_path, **{"check": False, "shuffle": False, "batch_size": 2, **kwargs})
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_decodes_the_next_batches_and_no_more(tmp_path, decoded, prefetch):
+    data = ahead_of(tmp_path, prefetch=prefetch)
+    assert values_of(data[0]) == [0, 1] and settled(decoded, 2 + 2 * prefetch)
+    assert values_of(data[1]) == [2, 3] and settled(decoded, 4 + 2 * prefetch)
+    assert [values_of(data[i]) for i in range(2, 6)] == [[4, 5], [6, 7], [8, 9], [10, 11]]
+    assert settled(decoded, 12) and sorted(decoded) == [f"{i:02}.png" for i in range(12)]
+    assert data._ahead == {}
+
+
+def test_reading_ahead_changes_no_batch(tmp_path):
+    epochs = []
+    for prefetch in (0, 2, 100):
+        data = ahead_of(tmp_path, shuffle=True, seed=3, prefetch=prefetch)
+        epochs.append([])
+        for _ in range(3):
+            epochs[-1].append(epoch_of(data))
+            data.on_epoch_end()
+    assert epochs[0] == epochs[1] == epochs[2] and epochs[0][0] != epochs[0][1]
+
+
+def test_a_new_position_drops_what_was_decoded_for_the_old_one(tmp_path, decoded):
+    data = ahead_of(tmp_path, shuffle=True, seed=3, prefetch=2)
+    first = values_of(data[0])
+    data.position = 60
+    second = epoch_of(data)
+    assert data._ahead == {} and sorted(sum(second, [])) == list(range(12))
+    data.position = 0
+    assert values_of(data[0]) == first != second[0]
+
+
+def test_batches_out_of_turn_are_not_followed(tmp_path, decoded):
+    data = ahead_of(tmp_path, prefetch=2)
+    assert values_of(data[4]) == [8, 9] and settled(decoded, 2)
+    assert values_of(data[0]) == [0, 1] and settled(decoded, 8)
+    assert values_of(data[5]) == [10, 11] and settled(decoded, 10)  # as `fit` looks at the last
+    assert values_of(data[0]) == [0, 1] and settled(decoded, 12)  # 1 and 2 are still there
+    assert values_of(data[1]) == [2, 3] and settled(decoded, 14)
+
+
+@pytest.mark.parametrize("settings", [{"workers": 2}, {"use_multiprocessing": True}])
+def test_where_keras_reads_ahead_this_does_not(tmp_path, decoded, settings):
+    write_plain(tmp_path, 6)
+    files = sorted(str(path) for path in tmp_path.iterdir())
+    data = ImageBatches(files, SIZE, 2, shuffle=False, prefetch=2, **settings)
+    assert values_of(data[0]) == [0, 1] and settled(decoded, 2)
+
+
+def test_threads_stay_while_needed_and_end_with_the_data(tmp_path):
+    before = set(threading.enumerate())
+    data = ahead_of(tmp_path, num_threads=3)
+    for _ in range(4):
+        epoch_of(data)
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 3
+    del data
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=5)
+    assert not set(threading.enumerate()) - before
+
+
+def test_an_error_while_reading_ahead_comes_with_its_batch(tmp_path, monkeypatch):
+    data = ahead_of(tmp_path, prefetch=2)
+    load = data_module.load_image
+
+    def fail(path, image_size):
+        if path.endswith(("02.png", "03.png")):
+            raise KeyboardInterrupt  # no fault of a file
+        return load(path, image_size)
+
+    monkeypatch.setattr(data_module, "load_image", fail)
+    assert values_of(data[0]) == [0, 1]
+    with pytest.raises(KeyboardInterrupt):
+        data[1]
+    assert values_of(data[2]) == [4, 5]
+
+
+def test_pickled_in_the_middle_of_an_epoch(tmp_path):
+    data = ahead_of(tmp_path, shuffle=True, seed=2)
+    expected = epoch_of(data)
+    data[0]
+    copy = pickle.loads(pickle.dumps(data))
+    assert [values_of(copy[i]) for i in range(1, 6)] == expected[1:]
+
+
 class Counter(keras.Model):
     """Its weights count down how often each image came."""
 
@@ -329,10 +449,10 @@ class Counter(keras.Model):
         return keras.ops.sum(y_pred)
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_fit_sees_every_image_once_per_epoch(tmp_path, cache):
+@pytest.mark.parametrize("settings", [{}, {"prefetch": 0}, {"cache": True}])
+def test_fit_sees_every_image_once_per_epoch(tmp_path, settings):
     write_plain(tmp_path, 9)
-    data = folder_of(tmp_path, seed=1, cache=cache)
+    data = folder_of(tmp_path, seed=1, **settings)
     model = Counter(9)
     model.compile(optimizer=keras.optimizers.SGD(1.0))  # each sight of an image subtracts one
     for epochs in (1, 2):
@@ -399,8 +519,11 @@ def test_folder_of_broken_images_says_why(tmp_path):
         ({"batch_size": 0}, "at least 1. Received: batch_size=0"),
         ({"batch_size": 6}, "5 readable images with batch_size=6.*drop_remainder=False"),
         ({"labels": "names"}, "labels='names'"),
+        ({"prefetch": -1}, "at least 0. Received: prefetch=-1"),
+        ({"num_threads": 0, "check": False}, "at least 1. Received: num_threads=0"),
+        ({"cache": "images.npz"}, "ending in .npy. Received: cache='images.npz'"),
         ({"labels": "folders"}, "00.png. Use `labels=None`"),
-        ({"directory": "absent"}, "existing folder. Received: absent"),
+        ({"directory": "absent"}, "existing folder.*Received: absent"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
@@ -419,3 +542,21 @@ def test_bad_lists_and_splits(tmp_path):
     for fraction in (0.0, 1.0, 0.1):
         with pytest.raises(ValueError, match=f"fraction={fraction} of 2 images"):
             data.split(fraction)
+
+
+def test_the_docstring_reads_tfrecord_files(tmp_path):
+    import tensorflow as tf
+
+    paths = [str(tmp_path / "a.tfrecord")]
+    with tf.io.TFRecordWriter(paths[0]) as writer:
+        for value in range(64):
+            jpeg = tf.io.encode_jpeg(np.full((30, 40, 3), 2 * value, "uint8")).numpy()
+            feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[jpeg]))
+            features = tf.train.Features(feature={"image/encoded": feature})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+    (code,) = re.findall(r"```python\n(.*?)```", image_folder.__doc__, re.DOTALL)
+    names = {"tf": tf, "keras": keras, "paths": paths}
+    exec("\n".join(line[4:] for line in code.splitlines()), names)
+    (batch,) = names["data"].as_numpy_iterator()
+    assert batch.shape == (64, 256, 256, 3) and batch.dtype == "uint8"
+    assert np.abs(batch.mean(axis=(1, 2, 3)) - 2 * np.arange(64)).max() <= 2
