@@ -33,7 +33,8 @@ def seed_method(total_steps, num_register_tokens=4, seed=None):
 
     What it does otherwise than DINOv3: random masks in every global crop; a plain mean over all
     masked patches; KoLeo on the first global crop alone, by cosine; a teacher whose momentum is
-    `1 - 0.004 * (1 + cos(pi * step / total_steps)) / 2`, from 0.996 to 1 after the last step. The DINO terms share their weight by their number of pairs, as here always.
+    `1 - 0.004 * (1 + cos(pi * step / total_steps)) / 2`, from 0.996 to 1 after the last step.
+    The DINO terms share their weight by their number of pairs, as here always.
 
     Args:
         total_steps: Int. Optimizer updates of the whole training.
