@@ -11,6 +11,7 @@ from keras_dinov3 import convert
 
 KINDS = ("meta", "huggingface", "keras")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+FILES = (*WEIGHT_FILES, ".bin", ".h5", ".keras", ".npz", ".onnx")  # that no folder is named like
 
 
 def main(argv=None):
@@ -60,6 +61,20 @@ def parser():
         "--num-heads", type=int, help="attention heads, which files of meta do not tell"
     )
     command.add_argument(
+        "--layer-norm-eps",
+        type=float,
+        help="epsilon of the norms, which files of meta do not tell: 1e-5 for layernormbf16, its "
+        "released models; 1e-6 for layernorm. Default: that of the source, 1e-5 for meta",
+    )
+    command.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels that the backbone is built for, multiples of the patch size. Default: that of "
+        "the source, 14 x 14 patches for meta",
+    )
+    command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
@@ -90,6 +105,12 @@ def run_convert(arguments):
         raise ValueError(
             f"A target of kind meta must end in {', '.join(WEIGHT_FILES)}. Received: {target}."
         )
+    if target_kind != "meta" and target.suffix in FILES:
+        raise ValueError(
+            f"A target of kind {target_kind} is a folder, and {target} has the name of a file. "
+            "Give a name without such an ending; files of weights end in "
+            f"{', '.join(WEIGHT_FILES)}."
+        )
     backbone = read_backbone(source, source_kind, arguments)
     write_backbone(backbone, target, target_kind)
     print(f"{source} ({source_kind}) is now {target} ({target_kind}).")
@@ -116,9 +137,17 @@ def kind_of(source):
 
 
 def read_backbone(source, kind, arguments):
+    names = ("layer_norm_eps", "image_size")
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
     if kind == "huggingface":
-        return convert.backbone_from_huggingface(source, dtype=arguments.dtype)
+        return convert.backbone_from_huggingface(source, dtype=arguments.dtype, **given)
     if kind == "keras":
+        if given:
+            raise ValueError(
+                "`--layer-norm-eps` and `--image-size` are for sources of meta and huggingface. "
+                f"A Keras Hub preset tells them itself. Received: {source} and {given}."
+            )
         return read_preset(source, arguments.dtype)
     if arguments.num_heads is None:
         raise ValueError(
@@ -127,7 +156,7 @@ def read_backbone(source, kind, arguments):
         )
     weights = convert.read_weights(source)
     return convert.backbone_from_meta(
-        weights, arguments.num_heads, arguments.part, dtype=arguments.dtype
+        weights, arguments.num_heads, arguments.part, dtype=arguments.dtype, **given
     )
 
 
