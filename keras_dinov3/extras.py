@@ -63,6 +63,10 @@ class EncoderExtras(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         check_count("num_register_tokens", num_register_tokens)
+        switches = (("untie_cls_norm", untie_cls_norm), ("layer_scale", layer_scale))
+        for name, value in (*switches, ("untie_local_cls_norm", untie_local_cls_norm)):
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}.")
         if norm not in (LAYER, RMS):
             raise ValueError(f'`norm` must be "layer" or "rms". Received: {norm=}.')
         if rope_normalize not in ("separate", "max", "min"):
