@@ -11,6 +11,7 @@ from keras_dinov3 import convert
 
 KINDS = ("meta", "huggingface", "keras")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+FILES = (*WEIGHT_FILES, ".bin", ".h5", ".keras", ".npz", ".onnx")  # that no folder is named like
 
 
 def main(argv=None):
@@ -62,14 +63,16 @@ def parser():
     command.add_argument(
         "--layer-norm-eps",
         type=float,
-        help="epsilon of the norms, which files of meta do not tell: 1e-5 in the released models "
-        "(default), 1e-6 where the training's `norm_layer` was layernorm",
+        help="epsilon of the norms, which files of meta do not tell: 1e-5 for layernormbf16, its "
+        "released models; 1e-6 for layernorm. Default: that of the source, 1e-5 for meta",
     )
     command.add_argument(
         "--image-size",
         type=int,
-        help="height and width in pixels that the backbone is built for, which files of meta do "
-        "not tell. Default: 14 patches",
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels that the backbone is built for, multiples of the patch size. Default: that of "
+        "the source, 14 x 14 patches for meta",
     )
     command.add_argument(
         "--dtype",
@@ -107,6 +110,12 @@ def run_convert(arguments):
         raise ValueError(
             f"A target of kind meta must end in {', '.join(WEIGHT_FILES)}. Received: {target}."
         )
+    if target_kind != "meta" and target.suffix in FILES:
+        raise ValueError(
+            f"A target of kind {target_kind} is a folder, and {target} has the name of a file. "
+            "Give a name without such an ending; files of weights end in "
+            f"{', '.join(WEIGHT_FILES)}."
+        )
     backbone = read_backbone(source, source_kind, arguments)
     write_backbone(backbone, target, target_kind)
     print(f"{source} ({source_kind}) is now {target} ({target_kind}).")
@@ -133,9 +142,17 @@ def kind_of(source):
 
 
 def read_backbone(source, kind, arguments):
+    names = ("layer_norm_eps", "image_size")
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
     if kind == "huggingface":
-        return convert.backbone_from_huggingface(source, dtype=arguments.dtype)
+        return convert.backbone_from_huggingface(source, dtype=arguments.dtype, **given)
     if kind == "keras":
+        if given:
+            raise ValueError(
+                "`--layer-norm-eps` and `--image-size` are for sources of meta and huggingface. "
+                f"A Keras Hub preset tells them itself. Received: {source} and {given}."
+            )
         return read_preset(source, arguments.dtype)
     if arguments.num_heads is None:
         raise ValueError(
@@ -143,12 +160,9 @@ def read_backbone(source, kind, arguments):
             "`--num-heads`: 6 for ViT-S, 12 for ViT-B, 16 for ViT-L, 20 for ViT-H+, 32 for ViT-7B."
         )
     weights = convert.read_weights(source)
-    config = {"dtype": arguments.dtype}
-    if arguments.layer_norm_eps is not None:
-        config["layer_norm_eps"] = arguments.layer_norm_eps
-    if arguments.image_size is not None:
-        config["image_shape"] = (arguments.image_size, arguments.image_size, 3)
-    return convert.backbone_from_meta(weights, arguments.num_heads, arguments.part, **config)
+    return convert.backbone_from_meta(
+        weights, arguments.num_heads, arguments.part, dtype=arguments.dtype, **given
+    )
 
 
 def read_preset(folder, dtype):

@@ -30,7 +30,8 @@ from keras_dinov3.schedules import is_count
 def load_meta(model, state_dict, part="student"):
     """Loads one side of a checkpoint of Meta's training code into that side of a model.
 
-    Names: `backbone.*`, `dino_head.*` and `ibot_head.*`, all of them needed. Wrappers around them
+    Names: `backbone.*`, `dino_head.*` and `ibot_head.*`, all of them needed. `storage_tokens` go to
+    the registers of the backbone, or of its `EncoderExtras` if it has none. Wrappers around them
     (`module.`, `_orig_mod.`, `model.`, also as nested dicts) are looked through. If there are
     names under `student.` or `teacher.`, only those of `part` are read.
 
@@ -82,7 +83,8 @@ def backbone_from_meta(state_dict, num_heads, part="teacher", **config):
         part: `"student"` or `"teacher"`. Side of a training checkpoint.
         **config: Arguments of `keras_hub.models.DINOV3Backbone`, in place of what is found:
             `layer_norm_eps` (default 1e-5, Meta's `layernormbf16`; its `layernorm` has 1e-6),
-            `image_shape` (default 14 x 14 patches), `rope_theta`, `dtype`, ...
+            `image_shape` (default 14 x 14 patches), `rope_theta`, `dtype`, ... Also `image_size`,
+            two ints (height, width) in pixels: `image_shape` with the channels of the weights.
 
     Returns:
         `keras_hub.models.DINOV3Backbone` with float32 weights, unless `dtype` says otherwise.
@@ -147,9 +149,12 @@ def backbone_from_huggingface(folder, **config):
     Args:
         folder: Path of a folder with `config.json` and either `model.safetensors` or
             `model.safetensors.index.json` and its shards. What `config.json` leaves out has the
-            default of `DINOv3ViTConfig`.
+            default of `DINOv3ViTConfig`. An `image_size` that is not whole patches is rounded
+            down. `pos_embed_shift`, `pos_embed_jitter` and `pos_embed_rescale`, which vary
+            positions in training alone, have no place in the Hub's class and are not read; give
+            them to `EncoderExtras(rope_shift=..., rope_jitter=..., rope_rescale=...)`.
         **config: Arguments of `keras_hub.models.DINOV3Backbone`, in place of the folder's:
-            `image_shape`, `dtype`, ...
+            `image_shape`, `dtype`, ..., or `image_size`, as for `backbone_from_meta`.
 
     Returns:
         `keras_hub.models.DINOV3Backbone` with float32 weights, unless `dtype` says otherwise.
@@ -179,7 +184,11 @@ def backbone_from_huggingface(folder, **config):
 def backbone_to_huggingface(backbone, folder):
     """Writes a backbone as a folder that Hugging Face's `DINOv3ViTModel.from_pretrained` reads.
 
-    Arrays that came from there return with the same bytes, if `dtype` kept theirs.
+    Arrays that came from there return with the same bytes, if `dtype` kept theirs. So does what
+    `config.json` says of the model, but for settings that the Hub's class does not know:
+    `pos_embed_shift`, `pos_embed_jitter` and `pos_embed_rescale` are left out, and `transformers`
+    takes its defaults in training (features at inference do not depend on them); `image_size` is
+    in whole patches.
 
     Args:
         backbone: `keras_hub.models.DINOV3Backbone`. A mask token that it has not is left out;
@@ -514,9 +523,8 @@ def with_extras(places, extras, width):
         return not (is_beta and extras.norm == RMS) and not (is_scale and not extras.layer_scale)
 
     if extras.register_tokens is not None:
-        places["backbone.storage_tokens"] = Place(
-            tuple(extras.register_tokens.shape), ("extras.register_tokens",)
-        )
+        shape = tuple(extras.register_tokens.shape)
+        places["backbone.storage_tokens"] = Place(shape, ("extras.register_tokens",))
     for name in ("cls_norm", "local_cls_norm"):
         if getattr(extras, name) is not None:
             for theirs, ours in (("weight", "gamma"), ("bias", "beta")):
@@ -798,12 +806,18 @@ REASONS = (
 
 def new_backbone(arrays, found, config, make_places, make_buffers, what):
     """Builds a backbone of `config`, else of what was `found`, once all arrays are known to fit."""
-    known = [*inspect.signature(keras_hub.models.DINOV3Backbone).parameters, "trainable"]
+    known = [*inspect.signature(keras_hub.models.DINOV3Backbone).parameters]
+    known += ["trainable", "image_size"]
     unknown = [name for name in config if name not in known]
     if unknown:  # the Hub's class takes them in silence
         raise ValueError(
             f"Arguments of `DINOV3Backbone` must be among {', '.join(known)}. Received: "
             f"{', '.join(unknown)}."
+        )
+    if "image_shape" in config and "image_size" in config:
+        raise ValueError(
+            "The size of images is given in one way only. Received: "
+            f"image_shape={config['image_shape']!r} and image_size={config['image_size']!r}."
         )
     shape = config.get("image_shape", (1, 1, 1))
     if not isinstance(shape, (tuple, list)) or len(shape) != 3:
@@ -811,8 +825,18 @@ def new_backbone(arrays, found, config, make_places, make_buffers, what):
             "`image_shape` must be three integers, (height, width, channels) in pixels. "
             f"Received: image_shape={shape!r}."
         )
-    size, num_channels = found.pop("image_size"), found.pop("num_channels")
+    is_given, patch_size = "image_size" in config, found["patch_size"]
     config = {**found, **config}
+    size, num_channels = config.pop("image_size"), config.pop("num_channels")
+    is_pair = isinstance(size, (tuple, list)) and len(size) == 2
+    if is_given and not (
+        is_pair
+        and all(is_count(length, at_least=1) and length % patch_size == 0 for length in size)
+    ):
+        raise ValueError(
+            "`image_size` must be two integers, (height, width) in pixels, and multiples of the "
+            f"patch size {patch_size}. Received: image_size={size!r}."
+        )
     is_first = is_channels_first(config)
     config.setdefault("image_shape", (num_channels, *size) if is_first else (*size, num_channels))
     sizes = {**config, "num_channels": config["image_shape"][0 if is_first else -1]}

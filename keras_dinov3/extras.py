@@ -63,6 +63,10 @@ class EncoderExtras(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         check_count("num_register_tokens", num_register_tokens)
+        switches = (("untie_cls_norm", untie_cls_norm), ("layer_scale", layer_scale))
+        for name, value in (*switches, ("untie_local_cls_norm", untie_local_cls_norm)):
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}.")
         if norm not in (LAYER, RMS):
             raise ValueError(f'`norm` must be "layer" or "rms". Received: {norm=}.')
         if rope_normalize not in ("separate", "max", "min"):
@@ -112,7 +116,8 @@ class EncoderExtras(keras.layers.Layer):
             raise ValueError(
                 "`num_register_tokens` of `EncoderExtras` is for backbones without registers. "
                 f"Received: {self.num_register_tokens}, and a backbone that has "
-                f"{parts.register_tokens.shape[1]} of its own."
+                f"{parts.register_tokens.shape[1]} of its own. Give `num_register_tokens=0`, "
+                "also to `recipes.seed_method`."
             )
         if self.num_register_tokens:
             shape = (1, self.num_register_tokens, width)

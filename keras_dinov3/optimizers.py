@@ -154,6 +154,13 @@ class AdamW(keras.optimizers.Optimizer):
         is_schedule = isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule)
         if is_schedule or not callable(learning_rate):
             check_range("learning_rate", learning_rate, low=0)
+        if not isinstance(
+            weight_decay, (numbers.Real, keras.optimizers.schedules.LearningRateSchedule)
+        ):  # a variable or function would be lost with the config
+            raise ValueError(
+                "`weight_decay` must be a number or a schedule, such as `WarmupCosine`. "
+                f"Received: weight_decay={weight_decay!r}."
+            )
         check_range("weight_decay", weight_decay, low=0)
         check_range("beta_1", beta_1, low=0, below=1, scheduled=False)
         check_range("beta_2", beta_2, low=0, below=1, scheduled=False)
@@ -387,8 +394,7 @@ def scaled_learning_rate(learning_rate, batch_size, rule="sqrt_wrt_1024"):
         the other is that of the [DINOv3](https://arxiv.org/abs/2508.10104) training code.
     """
     check_range("learning_rate", learning_rate, low=0, scheduled=False)
-    if not isinstance(batch_size, numbers.Real) or not 1 <= batch_size < math.inf:
-        raise ValueError(f"`batch_size` must be at least 1. Received: batch_size={batch_size!r}.")
+    check_range("batch_size", batch_size, low=1, below=math.inf, scheduled=False)
     rules = {
         "sqrt_wrt_1024": 4 * math.sqrt(batch_size / 1024),
         "linear_wrt_256": batch_size / 256,

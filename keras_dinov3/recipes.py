@@ -28,16 +28,18 @@ def dinov3(total_steps, seed=None):
     }
 
 
-def seed_method(total_steps, num_register_tokens=0, seed=None):
+def seed_method(total_steps, num_register_tokens=4, seed=None):
     """The "seed" method: a DINOv2 with registers and KoLeo, on any Vision Transformer.
 
     What it does otherwise than DINOv3: random masks in every global crop; a plain mean over all
-    masked patches; KoLeo on the first global crop alone, by cosine; a teacher that starts at a
-    momentum of 0.996. The DINO terms share their weight by their number of pairs, as here always.
+    masked patches; KoLeo on the first global crop alone, by cosine; a teacher whose momentum is
+    `1 - 0.004 * (1 + cos(pi * step / total_steps)) / 2`, from 0.996 to 1 after the last step.
+    The DINO terms share their weight by their number of pairs, as here always.
 
     Args:
         total_steps: Int. Optimizer updates of the whole training.
-        num_register_tokens: Int. Registers for a backbone whose family has none.
+        num_register_tokens: Int. Registers for a backbone without any: a `ViTBackbone`, or one
+            built with none. Give 0 for a backbone with registers of its own.
         seed: Int for the masks.
 
     Returns:
@@ -47,6 +49,7 @@ def seed_method(total_steps, num_register_tokens=0, seed=None):
         [Oquab et al., 2023](https://arxiv.org/abs/2304.07193);
         [Darcet et al., 2023](https://arxiv.org/abs/2309.16588).
     """
+    momentum = WarmupCosine(0.996, total_steps, end=1.0, cosine_reaches_end=False)
     return {
         "student_temperature": 0.1,
         "teacher_temperature": 0.07,
@@ -56,7 +59,5 @@ def seed_method(total_steps, num_register_tokens=0, seed=None):
         "ibot_average": "patches",
         "masking": RandomMasking(0.3, seed=seed),
         "extras": EncoderExtras(num_register_tokens=num_register_tokens),
-        "teacher_ema": TeacherEMA(
-            WarmupCosine(0.996, total_steps, end=1.0, cosine_reaches_end=False)
-        ),
+        "teacher_ema": TeacherEMA(momentum),
     }

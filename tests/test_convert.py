@@ -334,6 +334,28 @@ def test_load_meta_knows_extras():
         convert.load_meta(model, arrays)
 
 
+def test_load_meta_places_registers_in_extras():
+    backbone = tiny.backbone(num_register_tokens=0)
+    extras = kd.EncoderExtras(num_register_tokens=3)
+    model = tiny.model(backbone=backbone, extras=extras)
+    arrays = convert.backbone_to_meta(noisy(tiny.backbone(num_register_tokens=3)))
+    arrays = {f"backbone.{name}": array for name, array in arrays.items()}
+    for name in ("dino_head", "ibot_head"):
+        head = getattr(model, f"student_{name}")
+        places = convert.head_places(head, 32)
+        arrays |= {f"{name}.{key}": a for key, a in convert.collect(head, places).items()}
+    convert.load_meta(model, arrays, part="teacher")
+    tokens = arrays["backbone.storage_tokens"]
+    np.testing.assert_array_equal(numpy(model.teacher_extras.register_tokens), tokens)
+    assert not np.array_equal(numpy(model.student_extras.register_tokens), tokens)
+    arrays["backbone.storage_tokens"] = tokens[:, :2]
+    with pytest.raises(ValueError, match=r"storage_tokens \(1, 2, 32\), not \(1, 3, 32\)"):
+        convert.load_meta(model, arrays)
+    del arrays["backbone.storage_tokens"]
+    with pytest.raises(ValueError, match=r"Missing: backbone\.storage_tokens"):
+        convert.load_meta(model, arrays)
+
+
 def test_the_norm_of_local_crops_is_left_out_with_a_warning():
     weights = Golden("fb_vit_swiglu_maskk_untiegl").part("weights/")
     with pytest.warns(UserWarning, match=r"Left out local_cls_norm\.bias, local_cls_norm\.weight"):
@@ -763,13 +785,29 @@ def test_command_keeps_bfloat16_if_told(tmp_path):
     same_bytes(wide, {name: array.astype("float32") for name, array in start.items()})
 
 
-def test_command_takes_what_weights_do_not_tell(tmp_path):
+def test_command_takes_epsilon_and_image_size(tmp_path):
+    write_huggingface(tmp_path / "hf")
     convert.write_weights(Golden("fb_vit_mlp").part("weights/"), tmp_path / "a.safetensors")
-    paths = [str(tmp_path / name) for name in ("a.safetensors", "hf")]
-    options = ["--num-heads", "2", "--layer-norm-eps", "1e-6", "--image-size", "48"]
-    assert cli.main(["convert", *paths, *options, "--to", "huggingface"]) == 0
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (config["layer_norm_eps"], config["image_size"]) == (1e-6, 48)
+    more = ["--layer-norm-eps", "1e-6", "--image-size", "40", "24"]
+    for source, heads in (("a.safetensors", ["--num-heads", "2"]), ("hf", ["--to", "huggingface"])):
+        target = tmp_path / f"{source} new"
+        command = ["convert", str(tmp_path / source), str(target), "--to", "huggingface"]
+        assert cli.main([*command, *heads, *more]) == 0
+        config = json.loads((target / "config.json").read_text())
+        assert config["layer_norm_eps"] == 1e-6 and config["image_size"] == [40, 24]
+
+
+def test_image_size_in_place_of_image_shape():
+    weights = convert.backbone_to_meta(tiny.backbone())
+    first = convert.backbone_from_meta(
+        weights, 2, image_size=(24, 40), data_format="channels_first"
+    )
+    assert first.image_shape == (3, 24, 40)
+    for wrong in ((24, 41), 24, (24, 40, 3), (0, 8)):
+        with pytest.raises(ValueError, match="`image_size` must be two integers.*patch size 8"):
+            convert.backbone_from_meta(weights, 2, image_size=wrong)
+    with pytest.raises(ValueError, match="in one way only"):
+        convert.backbone_from_meta(weights, 2, image_size=(8, 8), image_shape=(8, 8, 3))
 
 
 def test_command_takes_a_part(tmp_path):
@@ -810,7 +848,9 @@ def test_command_as_a_process(tmp_path):
         (["a.pth", "new"], "--num-heads"),
         (["a.pth", "new", "--num-heads", "3"], "num_heads=3"),
         (["a.pth", "new", "--num-heads", "2", "--to", "meta"], "must end in"),
-        (["a.pth", "new.bin", "--num-heads", "2"], "is a folder, not a file"),
+        (["a.pth", "new.bin", "--num-heads", "2"], "kind keras is a folder, and new.bin has the"),
+        (["a.pth", "new.safetensors", "--num-heads", "2", "--to", "keras"], "is a folder, and"),
+        (["there", "new", "--from", "keras", "--image-size", "8", "8"], "preset tells them itself"),
         (["there", "new"], "neither"),
         (["text.txt", "new"], "neither"),
         (["there", "new", "--from", "keras"], "no readable Keras Hub preset"),

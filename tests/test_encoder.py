@@ -508,6 +508,9 @@ def test_rope_draws_stay_in_their_range(kind):
         ({"rope_jitter": float("inf")}, "rope_jitter=inf"),
         ({"rope_jitter": 1.0}, "rope_jitter=1.0"),
         ({"rope_rescale": 0.5}, "rope_rescale=0.5"),
+        ({"untie_cls_norm": "no"}, "`untie_cls_norm` must be True or False. Received:"),
+        ({"untie_local_cls_norm": 1}, "untie_local_cls_norm=1"),
+        ({"layer_scale": "false"}, "layer_scale='false'"),
     ],
 )
 def test_extras_say_what_is_wrong(arguments, message):

@@ -628,6 +628,8 @@ def test_config_round_trip():
         ({"weight_decay": -0.1}, "`weight_decay` must be at least 0. Received: weight_decay=-0.1"),
         ({"weight_decay": kd.WarmupCosine(0.1, 5, end=-1)}, "`weight_decay` must be at least 0"),
         ({"weight_decay": None}, "`weight_decay` must be a number or a schedule"),
+        ({"weight_decay": keras.Variable(0.1)}, "`weight_decay` must be a number or a schedule"),
+        ({"weight_decay": lambda step: 0.1}, "`weight_decay` must be a number or a schedule"),
         ({"beta_1": 1.0}, "`beta_1` must be at least 0 and less than 1. Received: beta_1=1.0"),
         ({"beta_2": -0.1}, "`beta_2` must be at least 0 and less than 1. Received: beta_2=-0.1"),
         ({"epsilon": 0}, "`epsilon` must be greater than 0. Received: epsilon=0."),
@@ -669,8 +671,11 @@ def test_scaled_learning_rate():
     assert peak == pytest.approx(golden["build_schedulers_v2/lr_f64"].max(), rel=1e-12)
     with pytest.raises(ValueError, match="`rule` must be one of .*sqrt_wrt_1024.*rule='square'"):
         kd.scaled_learning_rate(1e-3, 64, "square")
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1. Received: batch_size=0"):
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1 .*batch_size=0"):
         kd.scaled_learning_rate(1e-3, 0)
+    for batch_size in (float("nan"), float("inf"), "64"):
+        with pytest.raises(ValueError, match="`batch_size` must be"):
+            kd.scaled_learning_rate(1e-3, batch_size)
     with pytest.raises(ValueError, match="`learning_rate` must be a number"):
         kd.scaled_learning_rate(kd.WarmupCosine(1e-3, 10), 64)
 

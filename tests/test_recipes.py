@@ -101,6 +101,26 @@ def test_golden_seed_method(variant):
     golden.check(tokens.cls, f"out/{variant}/embedding")
 
 
+def test_golden_seed_momentum():
+    golden = Golden("seed_ema")
+    total = golden.hyperparameters["total_epochs"]
+    momentum = recipes.seed_method(total)["teacher_ema"].momentum
+    coefficients = [float(momentum(step)) for step in range(total + 1)]
+    golden.check(np.array(coefficients, "float32"), "coefficients")
+
+
+def test_seed_method_has_the_registers_of_the_golden():
+    settings = recipes.seed_method(total_steps=10)
+    expected = Golden("seed_method_forward").hyperparameters["regs"]
+    assert settings["extras"].num_register_tokens == expected == 4
+    model = tiny.model(backbone=tiny.backbone(num_register_tokens=0), **settings)
+    assert tuple(model.student_extras.register_tokens.shape) == (1, 4, 32)
+    own = tiny.backbone(num_register_tokens=3)
+    with pytest.raises(ValueError, match="has 3 of its own. Give `num_register_tokens=0`"):
+        tiny.model(backbone=own, **settings)
+    tiny.model(backbone=own, **recipes.seed_method(total_steps=10, num_register_tokens=0))
+
+
 def test_golden_seed_positions_on_a_small_grid():
     golden = Golden("seed_method_forward")
     model, _ = seed_model(golden)
