@@ -101,11 +101,6 @@ def run_convert(arguments):
     if target_kind is None:
         folder_kind = "huggingface" if source_kind == "keras" else "keras"
         target_kind = "meta" if target.suffix in WEIGHT_FILES else folder_kind
-    if target_kind != "meta" and target.suffix in (*WEIGHT_FILES, ".bin"):
-        raise ValueError(
-            f"A target of kind {target_kind} is a folder, not a file of weights. "
-            f"Received: {target}. Leave out the suffix, or use `--to meta`."
-        )
     if target_kind == "meta" and target.suffix not in WEIGHT_FILES:
         raise ValueError(
             f"A target of kind meta must end in {', '.join(WEIGHT_FILES)}. Received: {target}."

@@ -172,7 +172,8 @@ def blocks_of(
     """The blocks as one pure function and what it takes for each of them.
 
     Args:
-        backbone: As in `encode`, and its `parts`.
+        backbone: As in `encode`.
+        parts: Its `Parts`.
         grid_size: `(h, w)`, the patch grid.
         num_prefix: Int, the tokens before the patches.
         extras: `EncoderExtras`.

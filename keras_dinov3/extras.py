@@ -78,10 +78,6 @@ class EncoderExtras(keras.layers.Layer):
                 "`rope_periods` must be two numbers (min, max) with 0 < min < max. "
                 f"Received: {rope_periods=}."
             )
-        flags = {"untie_cls_norm": untie_cls_norm, "untie_local_cls_norm": untie_local_cls_norm}
-        for name, flag in {**flags, "layer_scale": layer_scale}.items():
-            if not isinstance(flag, bool):
-                raise ValueError(f"`{name}` must be True or False. Received: {name}={flag!r}.")
         strengths = (("rope_shift", rope_shift, 0), ("rope_jitter", rope_jitter, 1))
         for name, value, least in (*strengths, ("rope_rescale", rope_rescale, 1)):
             if value is not None:

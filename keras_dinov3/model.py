@@ -171,15 +171,10 @@ class DINOv3(ImageModel):
         check_settings(self)
 
         self.student_extras = self.make_extras("student", self.student, extras)
-        self.teacher_extras = self.make_extras(
-            "teacher", self.teacher, None if self.has_foreign_teacher else extras
-        )
-        self.student_dino_head, self.student_ibot_head = self.make_heads(
-            "student", self.student.hidden_dim
-        )
-        self.teacher_dino_head, self.teacher_ibot_head = self.make_heads(
-            "teacher", self.teacher.hidden_dim
-        )
+        extras = None if self.has_foreign_teacher else extras
+        self.teacher_extras = self.make_extras("teacher", self.teacher, extras)
+        self.student_dino_head, self.student_ibot_head = self.make_heads("student", self.student)
+        self.teacher_dino_head, self.teacher_ibot_head = self.make_heads("teacher", self.teacher)
         for student, teacher in self.student_and_teacher:
             teacher.trainable = False
             if student is not backbone and teacher_ema is not None:
@@ -323,7 +318,7 @@ class DINOv3(ImageModel):
             slots = None
         return global_crops, local_crops, masks, slots
 
-    def make_heads(self, name, width):
+    def make_heads(self, name, backbone):
         """The DINO and the iBOT head of one side."""
         heads = []
         for kind, num_prototypes in self.head_sizes.items():
@@ -335,7 +330,7 @@ class DINOv3(ImageModel):
                 dtype=self.student.dtype_policy,
                 name=f"{name}_{kind}_head",
             )
-            head.build((None, width))
+            head.build((None, backbone.hidden_dim))
             heads.append(head)
         return heads
 

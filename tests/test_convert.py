@@ -291,14 +291,6 @@ def test_load_meta_loads_one_side(part):
         np.testing.assert_array_equal(numpy(head.prototypes.kernel).T, weights["last_layer.weight"])
 
 
-def test_load_meta_knows_registers_of_extras():
-    golden = Golden("fb_step")
-    model = golden_model(0, extras=kd.EncoderExtras(num_register_tokens=4))
-    convert.load_meta(model, golden.part("student/"), "student")
-    registers = numpy(model.student_extras.register_tokens)
-    np.testing.assert_array_equal(registers, golden["student/backbone.storage_tokens"])
-
-
 def test_load_meta_knows_extras():
     """Untied norms, RMSNorm and missing layer scale go into a model that has them, in one piece."""
     arrays = {f"backbone.{k}": a for k, a in Golden("fb_vit_rms_untiecp").part("weights/").items()}

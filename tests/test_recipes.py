@@ -192,11 +192,3 @@ def test_dinov3_recipe_is_the_default():
         assert getattr(model, name) == settings[name]
     momentum = settings["teacher_ema"].momentum
     assert [float(momentum(step)) for step in (0, 9)] == pytest.approx([0.992, 1.0])
-
-
-def test_golden_momentum_of_the_seed_method():
-    golden = Golden("seed_ema")
-    total = golden.hyperparameters["total_epochs"]
-    momentum = recipes.seed_method(total)["teacher_ema"].momentum
-    actual = [float(momentum(step)) for step in range(total + 1)]
-    golden.check(np.array(actual, "float32"), "coefficients")
