@@ -21,7 +21,7 @@ import keras
 import measure
 from measure import Setting
 
-JIT_COMPILE = {"torch": ["auto"], "jax": ["auto"], "tensorflow": ["true", "false"]}
+JIT_COMPILE = {"torch": ["auto", "true"], "jax": ["auto"], "tensorflow": ["auto", "true", "false"]}
 
 
 def compilations(model):
