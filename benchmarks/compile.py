@@ -85,7 +85,6 @@ def work(connection, setting, steps, started):
                 "before": sum(before.values()),
                 "after": sum(after.values()) - sum(before.values()),
                 "counts": {"first step": before, "all": after},
-                "facts": measure.facts(),
             }
         )
     except Exception:
@@ -130,7 +129,8 @@ def main():
         "before": "d",
         "after": "d",
     }
-    measure.report(title, rows, formats, arguments.json, setting=vars(setting))
+    more = {"setting": vars(setting)}
+    measure.report(title, rows, formats, arguments.json, arguments.backends, **more)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Nothing here is run by itself. A script makes a `Setting` from its flags, times 
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
@@ -496,19 +497,25 @@ def forget_peak_memory():
 # Printing
 
 
-def facts():
-    """The machine and the versions, a dict."""
+def facts(packages=()):
+    """The machine and the versions, a dict.
+
+    Args:
+        packages: Names of packages, when others ran than this process's backend.
+    """
     backend = keras.config.backend()
-    versions = {"python": platform.python_version(), "keras": keras.__version__}
-    versions[backend] = sys.modules[backend].__version__ if backend in sys.modules else None
+    packages = ["keras", *(packages or [backend])]
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     found = {
         "backend": backend,
         "device": "gpu" if is_on_gpu() else "cpu",
         "cpu": _cpu_name(),
         "cores": len(affinity(0)),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": versions,
+        "threads": os.environ.get("OMP_NUM_THREADS"),  # None: the engine's default
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
     }
     if backend == "torch":
         import torch
@@ -527,7 +534,7 @@ def _cpu_name():
         return platform.processor() or platform.machine()
 
 
-def report(title, rows, formats, json_path=None, **more):
+def report(title, rows, formats, json_path=None, packages=(), **more):
     """Prints rows as a table, and writes them with `facts` and `more` as JSON.
 
     Args:
@@ -536,12 +543,13 @@ def report(title, rows, formats, json_path=None, **more):
         formats: Dict from key to how it is printed, the columns in their order. A value that is
             missing or `None` is left blank.
         json_path: Where to write. `None`: nowhere.
+        packages: As in `facts`.
         **more: What else goes into the file.
     """
-    machine = facts()
+    machine = facts(packages)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    print(f"\n{title}\n{machine['backend']} on {machine['cpu']}, {machine['cores']} cores, "
-          f"{machine['threads']} threads; {versions}")  # fmt: skip
+    threads = f", {machine['threads']} threads" if machine["threads"] else ""
+    print(f"\n{title}\n{machine['cpu']}, {machine['cores']} cores{threads}; {versions}")
     print_table(None, rows, formats)
     if json_path is not None:
         content = {"title": title, "facts": machine, **more, "rows": rows}

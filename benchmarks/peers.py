@@ -432,7 +432,11 @@ def main():
         "memory": ".3g",
         "loss": ".3f",
     }
-    measure.report(title, rows, formats, arguments.json, setting=vars(setting), best_peer=best)
+    packages = {CONTESTANTS[contestant.name][0] for contestant in contestants} | {"keras-hub"}
+    if any(contestant.name.startswith("lightly") for contestant in contestants):
+        packages |= {"lightly", "timm"}
+    more = {"setting": vars(setting), "best_peer": best}
+    measure.report(title, rows, formats, arguments.json, sorted(packages), **more)
 
 
 if __name__ == "__main__":
