@@ -3,7 +3,7 @@ import keras_hub
 import meta
 import numpy as np
 import pytest
-from golden import Golden, close, numpy, variable_gradients
+from golden import Golden, close, numpy, value_and_gradients, variable_gradients
 from keras import ops
 
 from keras_dinov3 import EncoderExtras, backend, encode_layers, encoder, families, rope
@@ -157,6 +157,36 @@ def test_golden_vit(name):
         prefix = f"out/intermediate_last2/{index}"
         golden.check(ops.transpose(tokens.patches, (0, 3, 1, 2)), f"{prefix}/patch_map_BDHW")
         golden.check(tokens.cls, f"{prefix}/cls")
+
+
+@pytest.mark.parametrize("name", GOLDEN_VITS)
+def test_golden_vit_gradients_of_images(name):
+    """The stored ones are twice the gradient that the manifest's formula gives, in all cases.
+
+    The gradients of the weights, from the same sum, are stored once.
+    """
+    golden = Golden(name)
+    backbone, extras = golden_backbone(golden)
+    masks = ops.convert_to_tensor(golden["in/32x32/masks"])
+
+    def function(global_images, local_images):
+        views = {
+            "global": encode(backbone, global_images, masks, True, extras=extras),
+            "local": encode(backbone, local_images, None, True, extras=extras, is_local=True),
+        }
+        total = 0.0
+        for view, tokens in views.items():
+            for ours, theirs in KINDS.items():
+                if f"in/cotangent/{view}/{theirs}" in golden.keys():
+                    cotangent = ops.convert_to_tensor(golden[f"in/cotangent/{view}/{theirs}"])
+                    total = total + ops.sum(getattr(tokens, ours) * cotangent)
+        return total
+
+    keys = ("in/32x32/image", "in/local/image")
+    images = [np.ascontiguousarray(golden[key].transpose(0, 2, 3, 1)) for key in keys]
+    _, gradients = value_and_gradients(function, *images)
+    for view, gradient in zip(("global", "local"), gradients, strict=True):
+        golden.check(2 * gradient.transpose(0, 3, 1, 2), f"grad/image_{view}")
 
 
 @pytest.mark.parametrize("name", GOLDEN_VITS)

@@ -67,6 +67,15 @@ def seed_crops(golden, variant):
     return crops
 
 
+def test_golden_seed_method_at_inference():
+    """Features of images are the teacher's class tokens. The case gave it the first views."""
+    golden = Golden("seed_method_forward")
+    model, _ = seed_model(golden)
+    x = ops.convert_to_tensor(golden["in/global_view0"].transpose(0, 2, 3, 1))
+    tokens = kd.encode(model.teacher, x, extras=model.teacher_extras)
+    golden.check(tokens.cls, "out/eval_images/embedding")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_seed_method(variant):
     golden = Golden("seed_method_forward")
