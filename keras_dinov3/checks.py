@@ -127,10 +127,16 @@ def check_teacher(model):
         )
 
 
-def check_teacher_ema(teacher_ema, student, teacher):
-    """Says why a teacher cannot follow its student."""
+def check_teacher_ema(teacher_ema, student, teacher, student_alone=None):
+    """Says why a teacher cannot follow its student, who alone may have some `EncoderExtras`."""
     if teacher_ema is None:
         return
+    if student_alone is not None:
+        raise ValueError(
+            "A teacher that follows the student must compute the same function of its weights. "
+            "Received: a model made with `teacher_ema=None` and a `teacher` of its own, to which "
+            "its `extras` do not apply. Build the model with this `teacher_ema`."
+        )
     settings = [
         {name: getattr(side, name, None) for name in FUNCTION_SETTINGS}
         for side in (student, teacher)

@@ -198,7 +198,8 @@ class ImageModel(keras.Model):
                     f"frozen teacher. Received: teacher_ema={value!r}."
                 )
             if hasattr(self, "teacher"):
-                check_teacher_ema(value, self.student, self.teacher)
+                student_alone = self.extras if self.has_foreign_teacher else None
+                check_teacher_ema(value, self.student, self.teacher, student_alone)
             self.train_function = None  # traced with another rule
         super().__setattr__(name, value)
 

@@ -603,6 +603,18 @@ def test_extras_leave_a_foreign_teacher_alone(tmp_path):
     assert loaded.student_extras.norm == "rms"
 
 
+@pytest.mark.parametrize(
+    "settings", [{"norm": "rms"}, {"layer_scale": False}, {"untie_cls_norm": True}]
+)
+def test_a_foreign_teacher_without_the_extras_cannot_follow(settings):
+    extras = kd.EncoderExtras(**settings)
+    model = tiny.model(teacher=tiny.backbone(), teacher_ema=None, extras=extras)
+    with pytest.raises(ValueError, match="same function.*`extras` do not apply"):
+        model.fit(tiny.images(), batch_size=tiny.B, callbacks=[kd.callbacks.TeacherEMA()])
+    assert model.teacher_ema is None
+    tiny.model(teacher=tiny.backbone(), extras=extras)  # from the start it can
+
+
 def test_a_frozen_copy_keeps_its_extras(tmp_path):
     model = tiny.model(teacher_ema=None, extras=kd.EncoderExtras(norm="rms"))
     model.save(tmp_path / "model.keras")
