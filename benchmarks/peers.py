@@ -321,7 +321,7 @@ CONTESTANTS = {
     "hub-tensorflow-xla": ("tensorflow", hub, {"jit_compile": True}),
     "ours-torch": ("torch", ours, {}),
     "ours-jax": ("jax", ours, {}),
-    "ours-tensorflow": ("tensorflow", ours, {"jit_compile": "false"}),
+    "ours-tensorflow": ("tensorflow", ours, {}),
     "ours-tensorflow-xla": ("tensorflow", ours, {"jit_compile": "true"}),
 }
 

@@ -16,6 +16,14 @@ from keras_dinov3.schedules import is_count
 NO_EXTRAS = EncoderExtras()
 
 
+class View(NamedTuple):
+    """Crops of one size, as `encode` takes them."""
+
+    images: Any  # (B, H, W, C)
+    masks: Any = None  # (B, N), bool
+    is_local: bool = False
+
+
 class Tokens(NamedTuple):
     """What `encode` returns: tokens by kind, after the final norm."""
 
@@ -72,21 +80,57 @@ def encode(
         [Siméoni et al., 2025](https://arxiv.org/abs/2508.10104), section 3.2;
         [Oquab et al., 2023](https://arxiv.org/abs/2304.07193), section 5 (stochastic depth).
     """
+    view = View(images, masks, is_local)
+    (tokens,) = encode_views(
+        backbone, [view], training, drop_path_rate, seed, extras=extras, remat=remat
+    )
+    return tokens
+
+
+def encode_views(
+    backbone, views, training=False, drop_path_rate=0.0, seed=None, extras=None, remat="none"
+):
+    """`encode` for crops of several sizes together; equals one call after the other.
+
+    The tokens of all views are rows of one matrix in each product, norm and MLP; attention, and
+    what is drawn at random, is each view's own. So the operations are fewer and larger, weights are
+    read once, and their gradients come from one product.
+
+    Args:
+        backbone: As in `encode`.
+        views: List of `View`.
+        training: As in `encode`.
+        drop_path_rate: As in `encode`.
+        seed: As in `encode`.
+        extras: As in `encode`.
+        remat: As in `encode`.
+
+    Returns:
+        List of `Tokens`, one for each view.
+
+    Raises:
+        TypeError, ValueError: As in `encode`.
+    """
     parts, extras = parts_of(backbone), extras or NO_EXTRAS
     extras.check_use(training, seed)
-    x, grid_size, num_prefix = embed(backbone, parts, images, masks, extras)
+    embedded = [embed(backbone, parts, view.images, view.masks, extras) for view in views]
+    shapes = [tuple(x.shape) for x, _, _ in embedded]  # (B, length, D)
+    num_prefix = embedded[0][2]
     function, blocks = blocks_of(
         backbone,
         parts,
-        grid_size,
+        [(shape[0], grid_size) for shape, (_, grid_size, _) in zip(shapes, embedded, strict=True)],
         num_prefix,
         extras,
-        x.shape[0] if training else 0,
+        training,
         drop_path_rate,
         seed,
     )
-    x = backend.fold(function, x, blocks, remat)
-    return split_tokens(x, parts, num_prefix, extras, is_local and training)
+    x = backend.fold(function, to_rows([x for x, _, _ in embedded]), blocks, remat)
+    return [
+        split_tokens(x, parts, num_prefix, extras, view.is_local and training)
+        for x, view in zip(from_rows(x, shapes), views, strict=True)
+    ]
 
 
 def encode_layers(backbone, images, layers=1, as_grid=False, normalize=True, extras=None):
@@ -121,11 +165,12 @@ def encode_layers(backbone, images, layers=1, as_grid=False, normalize=True, ext
             f"{count - 1}. Received: layers={layers!r}."
         )
     x, grid_size, num_prefix = embed(backbone, parts, images, None, extras)
-    function, blocks = blocks_of(backbone, parts, grid_size, num_prefix, extras)
-    outputs = []
+    shape = tuple(x.shape)
+    function, blocks = blocks_of(backbone, parts, [(shape[0], grid_size)], num_prefix, extras)
+    x, outputs = to_rows([x]), []
     for weights in blocks[: max(wanted) + 1]:
         x = function(x, weights)
-        outputs.append(x)
+        outputs += from_rows(x, [shape])
     found = []
     for layer in wanted:
         x = outputs[layer]
@@ -167,62 +212,94 @@ def embed(backbone, parts, images, masks, extras):
 
 
 def blocks_of(
-    backbone, parts, grid_size, num_prefix, extras, batch_size=0, drop_path_rate=0.0, seed=None
+    backbone, parts, views, num_prefix, extras, training=False, drop_path_rate=0.0, seed=None
 ):
     """The blocks as one pure function and what it takes for each of them.
 
     Args:
         backbone: As in `encode`.
         parts: Its `Parts`.
-        grid_size: `(h, w)`, the patch grid.
+        views: List of pairs: the number of images and their patch grid `(h, w)`.
         num_prefix: Int, the tokens before the patches.
         extras: `EncoderExtras`.
-        batch_size: Int. In training, the images; 0 at inference.
+        training: As in `encode`.
         drop_path_rate: As in `encode`.
         seed: As in `encode`.
 
     Returns:
-        A function `(tokens, inputs) -> tokens`, the same object for all backbones alike, and a
-        list of the `inputs` of each block, see `block`.
+        A function `(rows, inputs) -> rows`, the same object for all backbones and views alike, and
+        a list of the `inputs` of each block, see `block`.
     """
     dtype, num_blocks = backbone.compute_dtype, len(parts.blocks)
-    ropes = [None] * num_blocks
-    if parts.rope_theta is not None:
-        head_dim = backbone.hidden_dim // backbone.num_heads
-        varied = extras.varies_rope and batch_size > 0
-        tables = [
-            signed_rope(
-                *extras.rope(grid_size, head_dim, parts.rope_theta, draw), num_prefix, dtype
-            )
-            for draw in ([seed] * num_blocks if varied else [None])
-        ]
-        ropes = tables if varied else tables * num_blocks
-    subsets = [None] * num_blocks
-    keep = max(1, int(batch_size * (1 - drop_path_rate)))
-    if drop_path_rate and keep < batch_size:
-        subsets = ops.unstack(random_subsets(num_blocks, batch_size, keep, seed), num_blocks)
+    ropes, subsets = [], []  # of each view, those of each block
+    for batch_size, grid_size in views:
+        tables = [None] * num_blocks
+        if parts.rope_theta is not None:
+            varied = extras.varies_rope and training
+            tables = [
+                signed_rope(
+                    *extras.rope(
+                        grid_size, backbone.hidden_dim // backbone.num_heads, parts.rope_theta, draw
+                    ),
+                    num_prefix,
+                    dtype,
+                )
+                for draw in ([seed] * num_blocks if varied else [None])
+            ]
+            tables = tables if varied else tables * num_blocks
+        ropes.append(tables)
+        kept, keep = [None] * num_blocks, max(1, int(batch_size * (1 - drop_path_rate)))
+        if training and keep < batch_size:
+            kept = ops.unstack(random_subsets(num_blocks, batch_size, keep, seed), num_blocks)
+        subsets.append(kept)
     blocks = []
-    for layer, rope, subset in zip(parts.blocks, ropes, subsets, strict=True):
+    for index, layer in enumerate(parts.blocks):
         weights = parts.block_weights(layer, dtype)
         if not extras.layer_scale:
             weights.update(layer_scale1=None, layer_scale2=None)
-        blocks.append({"weights": weights, "rope": rope, "subsets": subset})
+        blocks.append(
+            {
+                "weights": weights,
+                "ropes": [tables[index] for tables in ropes],
+                "subsets": [kept[index] for kept in subsets],
+            }
+        )
+    sizes = tuple((count, num_prefix + height * width) for count, (height, width) in views)
     function = block_function(
-        backbone.num_heads, parts.activation, extras.norm, float(parts.norm.epsilon)
+        sizes, backbone.num_heads, parts.activation, extras.norm, float(parts.norm.epsilon)
     )
     return function, blocks
 
 
 @functools.cache
-def block_function(num_heads, activation, norm, epsilon):
+def block_function(sizes, num_heads, activation, norm, epsilon):
     """`block` with its settings: one object for those alike, so that it is compiled once."""
 
     def function(x, inputs):
         return block(
-            x, **inputs, num_heads=num_heads, activation=activation, norm=norm, epsilon=epsilon
+            x,
+            **inputs,
+            sizes=sizes,
+            num_heads=num_heads,
+            activation=activation,
+            norm=norm,
+            epsilon=epsilon,
         )
 
     return function
+
+
+def to_rows(views):
+    """A list of `(B, length, D)` as the rows of one matrix."""
+    rows = [ops.reshape(x, (-1, x.shape[-1])) for x in views]
+    return rows[0] if len(rows) == 1 else ops.concatenate(rows)
+
+
+def from_rows(x, shapes):
+    """`to_rows` undone: a list of tensors of the given shapes `(B, length, ...)`."""
+    counts = [count * length for count, length, *_ in shapes]
+    parts = [x] if len(counts) == 1 else backend.split(x, counts)
+    return [ops.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def split_tokens(x, parts, num_prefix, extras, is_local):
@@ -242,20 +319,31 @@ def split_tokens(x, parts, num_prefix, extras, is_local):
 
 
 def block(
-    x, weights, num_heads, rope=None, subsets=None, activation="gelu", norm=LAYER, epsilon=1e-6
+    x,
+    weights,
+    sizes,
+    num_heads,
+    ropes,
+    subsets,
+    activation="gelu",
+    norm=LAYER,
+    epsilon=1e-6,
 ):
     """One transformer block as a pure function of its weights.
 
     Args:
-        x: Tokens, shape `(B, 1 + R + N, D)`.
+        x: Tokens of all views, shape `(rows, D)`.
         weights: Dict by role. `"query"`, `"key"`, `"value"`, `"output"`, `"up"`, `"down"` and, in
             a gated MLP, `"gate"`: pairs of kernel and bias, or `None` for no bias. `"norm1"`,
             `"norm2"`: pairs of gain and offset. `"layer_scale1"`, `"layer_scale2"`: tensors or
             `None`.
+        sizes: Tuple with a pair for each view: its images and the tokens of each. The rows are
+            those of the first view, image by image, then those of the next.
         num_heads: Int.
-        rope: `(sin, cos)` from `signed_rope`, each `(1 + R + N, head_dim)`, or `None`.
-        subsets: Int tensor of shape `(2, keep)`: the images that the attention and the MLP
-            branch compute. `None`: all.
+        ropes: List with `(sin, cos)` from `signed_rope` for each view, each
+            `(1 + R + N, head_dim)`, or `None`.
+        subsets: List with an int tensor of shape `(2, keep)` for each view: the images that the
+            attention and the MLP branch compute. `None`: all.
         activation: Of the MLP, anything that `keras.activations.get` takes.
         norm: `"layer"` or `"rms"`.
         epsilon: Float, of the norms.
@@ -264,26 +352,44 @@ def block(
         Tensor shaped like `x`.
     """
 
-    def attend(x):
+    def attend(x, sizes):
         x = normalize(x, *weights["norm1"], epsilon, norm)
-        return attention(x, rope, weights, num_heads)
+        return attention(x, sizes, ropes, weights, num_heads)
 
-    def feed(x):
+    def feed(x, sizes):
         return mlp(normalize(x, *weights["norm2"], epsilon, norm), weights, activation)
 
-    x = add_residual(x, attend, weights["layer_scale1"], None if subsets is None else subsets[0])
-    return add_residual(x, feed, weights["layer_scale2"], None if subsets is None else subsets[1])
+    for index, (branch, scale) in enumerate(
+        [(attend, weights["layer_scale1"]), (feed, weights["layer_scale2"])]
+    ):
+        images = [subset if subset is None else subset[index] for subset in subsets]
+        x = add_residual(x, branch, scale, sizes, images)
+    return x
 
 
-def add_residual(x, branch, scale, subset):
-    def residual(x):
-        return branch(x) if scale is None else scale * branch(x)
+def add_residual(x, branch, scale, sizes, subsets):
+    """`x` plus what the branch makes of it, for each view of a subset of its images."""
 
-    if subset is None:
-        return x + residual(x)
-    batch_size, keep = x.shape[0], subset.shape[0]
-    added = residual(ops.take(x, subset, axis=0)) * (batch_size / keep)
-    return x + ops.scatter(ops.expand_dims(subset, -1), added, x.shape)
+    def residual(x, sizes):
+        y = branch(x, sizes)
+        return y if scale is None else scale * y
+
+    if all(subset is None for subset in subsets):
+        return x + residual(x, sizes)
+    views = from_rows(x, [(*size, x.shape[-1]) for size in sizes])
+    kept = [
+        view if subset is None else ops.take(view, subset, axis=0)
+        for view, subset in zip(views, subsets, strict=True)
+    ]
+    shapes = [tuple(view.shape) for view in kept]
+    added = from_rows(residual(to_rows(kept), tuple(shape[:2] for shape in shapes)), shapes)
+    results = []
+    for view, part, subset in zip(views, added, subsets, strict=True):
+        if subset is not None:
+            part = part * (view.shape[0] / part.shape[0])
+            part = ops.scatter(ops.expand_dims(subset, -1), part, view.shape)
+        results.append(view + part)
+    return to_rows(results)
 
 
 def random_subsets(num_blocks, batch_size, keep, seed):
@@ -293,16 +399,16 @@ def random_subsets(num_blocks, batch_size, keep, seed):
     return ops.argsort(draws, axis=-1)[..., :keep]
 
 
-def attention(x, rope, weights, num_heads):
-    batch_size, length, width = ops.shape(x)
-    heads = (batch_size, length, num_heads, width // num_heads)
-    query, key, value = (
-        ops.reshape(dense(x, weights[name]), heads) for name in ("query", "key", "value")
-    )
-    if rope is not None:
-        query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-    x = backend.attention(query, key, value)
-    return dense(ops.reshape(x, (batch_size, length, width)), weights["output"])
+def attention(x, sizes, ropes, weights, num_heads):
+    heads = [(*size, num_heads, x.shape[-1] // num_heads) for size in sizes]
+    projected = (from_rows(dense(x, weights[name]), heads) for name in ("query", "key", "value"))
+    outputs = []
+    for query, key, value, rope in zip(*projected, ropes, strict=True):
+        if rope is not None:
+            query, key = apply_rope(query, *rope), apply_rope(key, *rope)
+        y = backend.attention(query, key, value)
+        outputs.append(ops.reshape(y, (*y.shape[:2], -1)))
+    return dense(to_rows(outputs), weights["output"])
 
 
 def mlp(x, weights, activation):
@@ -315,9 +421,7 @@ def mlp(x, weights, activation):
 
 
 def dense(x, kernel_and_bias):
-    kernel, bias = kernel_and_bias
-    x = backend.matmul(x, kernel)
-    return x if bias is None else x + bias
+    return backend.dense(x, *kernel_and_bias)
 
 
 def normalize(x, gamma, beta, epsilon, norm=LAYER):

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_dinov3 import backend
 from keras_dinov3.losses import l2_normalize
 from keras_dinov3.schedules import is_count
 
@@ -79,10 +80,14 @@ class DINOHead(keras.layers.Layer):
 
     def call(self, tokens, return_bottleneck=False):
         for layer in self.hidden_layers:
-            tokens = layer(tokens)
-        vectors = l2_normalize(ops.cast(self.bottleneck(tokens), "float32"))
+            tokens = layer.activation(self.product(tokens, layer))
+        vectors = l2_normalize(ops.cast(self.product(tokens, self.bottleneck), "float32"))
         vectors = ops.cast(vectors, self.compute_dtype)
-        return vectors if return_bottleneck else self.prototypes(vectors)
+        return vectors if return_bottleneck else self.product(vectors, self.prototypes)
+
+    def product(self, x, layer):
+        bias = ops.cast(layer.bias, self.compute_dtype) if layer.use_bias else None
+        return backend.dense(x, ops.cast(layer.kernel, self.compute_dtype), bias)
 
     def get_config(self):
         config = {

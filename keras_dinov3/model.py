@@ -9,7 +9,7 @@ from keras_dinov3 import backend
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.checks import check_mask_shape, check_settings, crops_of
-from keras_dinov3.encoder import encode, grid_of
+from keras_dinov3.encoder import View, encode, encode_views, grid_of
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import check_backbone, copy_of, patch_size_of, settle_positions
 from keras_dinov3.heads import DINOHead
@@ -17,7 +17,7 @@ from keras_dinov3.image_model import ImageModel, spread
 from keras_dinov3.losses import koleo_loss
 from keras_dinov3.masking import BlockMasking, masked_slots
 from keras_dinov3.optimizers import set_roles
-from keras_dinov3.prototypes import dino_losses, ibot_losses, project
+from keras_dinov3.prototypes import dino_losses, ibot_losses, project, project_all
 from keras_dinov3.schedules import is_zero, value_at
 from keras_dinov3.targets import make_targets
 
@@ -201,32 +201,32 @@ class DINOv3(ImageModel):
         global_crops, local_crops, masks, slots = self.make_views(inputs, training)
         batch_size, chunk = global_crops.shape[0], self.prototype_chunk_size
 
-        def see(backbone, crops, **kwargs):
-            tokens = encode(backbone, merge(crops), **kwargs)
-            return ops.reshape(tokens.cls, (batch_size, crops.shape[1], -1)), tokens.patches
+        def by_image(tokens):
+            return ops.reshape(tokens.cls, (batch_size, -1, tokens.cls.shape[-1]))
 
-        student = {
-            "training": training,
-            "drop_path_rate": self.drop_path_rate,
-            "seed": self.seed_generator,
-            "extras": self.student_extras,
-            "remat": self.remat,
-        }
-        teacher_cls, teacher_patches = see(self.teacher, global_crops, extras=self.teacher_extras)
-        student_cls, student_patches = see(
-            self.student, global_crops, masks=None if masks is None else merge(masks), **student
-        )
-        outputs = {
-            "student_cls": student_cls,  # (B, G, D)
-            "student_global": project(self.student_dino_head, student_cls, chunk),  # (B, G, K)
-            "teacher_global": project(self.teacher_dino_head, teacher_cls, chunk),
-        }
+        views = [View(merge(global_crops), None if masks is None else merge(masks))]
         if local_crops is not None:
-            local_cls, _ = see(self.student, local_crops, is_local=True, **student)
-            outputs["student_local"] = project(self.student_dino_head, local_cls, chunk)
+            views.append(View(merge(local_crops), is_local=True))
+        teacher = encode(self.teacher, views[0].images, extras=self.teacher_extras)
+        student, *local = encode_views(
+            self.student,
+            views,
+            training=training,
+            drop_path_rate=self.drop_path_rate,
+            seed=self.seed_generator,
+            extras=self.student_extras,
+            remat=self.remat,
+        )
+        class_tokens = [by_image(tokens) for tokens in (student, *local)]
+        logits = project_all(self.student_dino_head, class_tokens, chunk)
+        outputs = {
+            "student_cls": class_tokens[0],  # (B, G, D)
+            "teacher_global": project(self.teacher_dino_head, by_image(teacher), chunk),
+            **dict(zip(("student_global", "student_local"), logits, strict=False)),  # (B, G, K)
+        }
         if slots is not None:
-            student_patches = ops.take(merge(student_patches), slots.index, axis=0)  # (M, D)
-            teacher_patches = ops.take(merge(teacher_patches), slots.index, axis=0)
+            student_patches = ops.take(merge(student.patches), slots.index, axis=0)  # (M, D)
+            teacher_patches = ops.take(merge(teacher.patches), slots.index, axis=0)
             outputs["student_patches"] = project(self.student_ibot_head, student_patches, chunk)
             outputs["teacher_patches"] = project(self.teacher_ibot_head, teacher_patches, chunk)
             outputs["slots"] = slots

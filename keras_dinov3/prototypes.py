@@ -71,6 +71,21 @@ def project(head, tokens, chunk_size=None):
     return FactoredLogits(vectors, kernel)
 
 
+def project_all(head, groups, chunk_size=None):
+    """`project` for a list of tokens `(B, crops, D)`, all through the head together."""
+    if len(groups) == 1:
+        return [project(head, groups[0], chunk_size)]
+    logits, start, parts = project(head, ops.concatenate(groups, axis=1), chunk_size), 0, []
+    for group in groups:
+        crops = slice(start, start + group.shape[1])
+        start = crops.stop
+        if chunk_size is None:
+            parts.append(logits[:, crops])
+        else:
+            parts.append(logits._replace(vectors=logits.vectors[:, crops]))
+    return parts
+
+
 def add_chunk(peak, total, scores):
     """`peak` and `total` after one more chunk of scores `(..., k)`.
 

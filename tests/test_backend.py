@@ -6,6 +6,7 @@ from golden import numpy
 from keras import ops
 
 from keras_dinov3 import backend
+from keras_dinov3.backend import compiling, kernels
 
 
 class Model(keras.Model):
@@ -122,7 +123,7 @@ def test_fold_equals_a_loop(count, remat):
 
 
 def test_segments_are_near_the_square_root():
-    assert [backend.segment_size(n) for n in (1, 2, 7, 12, 24, 32, 40)] == [1, 1, 1, 3, 4, 4, 5]
+    assert [compiling.segment_size(n) for n in (1, 2, 7, 12, 24, 32, 40)] == [1, 1, 1, 3, 4, 4, 5]
 
 
 def test_what_jit_compile_means():
@@ -148,7 +149,7 @@ def test_pieces_are_compiled_within_their_context_only():
             y = double(ops.convert_to_tensor([1.0, 2.0]))
     np.testing.assert_array_equal(numpy(y), [2.0, 4.0])
     assert len(calls) == (3 if BACKEND == "torch" else 1)  # traced once
-    assert not backend.pieces_are_compiled()
+    assert not compiling.pieces_are_compiled()
     double(ops.convert_to_tensor([1.0, 2.0]))
     assert len(calls) == {"torch": 4, "tensorflow": 2, "jax": 1}[BACKEND]
 
@@ -168,18 +169,21 @@ def test_averages_move_in_float32(dtype):
 
 
 @torch_only
-def test_products_by_onednn():
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_dense_by_onednn(with_bias):
     import torch
 
+    from keras_dinov3.backend.torch_kernels import Dense
+
     rng = np.random.default_rng(0)
-    x, kernel, cotangent = (
+    x, kernel, bias, cotangent = (
         torch.tensor(rng.normal(size=shape), dtype=torch.float32, requires_grad=True)
-        for shape in ((4, 7, 5), (5, 3), (4, 7, 3))
+        for shape in ((4, 7, 5), (5, 3), (3,), (4, 7, 3))
     )
-    results = []
-    for product in (torch.matmul, backend.onednn_matmul):
-        y = product(x, kernel)
-        results.append([y, *torch.autograd.grad(y, (x, kernel), cotangent)])
+    inputs, results = [x, kernel, bias] if with_bias else [x, kernel], []
+    bias = bias if with_bias else None
+    for y in (x @ kernel + bias if with_bias else x @ kernel, Dense.apply(x, kernel, bias)):
+        results.append([y, *torch.autograd.grad(y, inputs, cotangent)])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -216,7 +220,7 @@ def test_in_cache_equals_all_at_once(monkeypatch):
         counts.append(len(images))
         return images * ops.reshape(more, (-1, 2))[:, 1:]
 
-    monkeypatch.setattr(backend, "CACHED_NUMBERS", 18)
+    monkeypatch.setattr(kernels, "CACHED_NUMBERS", 18)
     result = numpy(backend.in_cache(function, images, more, size=5))
     np.testing.assert_array_equal(result, numpy(images) * np.arange(1, 16, 2, "float32")[:, None])
     assert counts == ([3, 3, 2] if keras.config.backend() == "torch" else [8])

@@ -327,27 +327,34 @@ def test_golden_drop_path_with_given_subsets():
     layer = backbone.encoder.layers[0]
     meta.load(meta.block_weights(layer, h["dim"]), golden.arrays, "weights/")
     weights = families.dinov3_block(layer, "float32")
-    for index in (0, 1):
-        x = golden[f"in/{index}"]
+    crops = [golden[f"in/{index}"] for index in (0, 1)]
+    subsets = []
+    for index, x in enumerate(crops):
         keep = max(int(len(x) * (1 - h["drop_path"])), 1)
-        subsets = np.stack([golden[f"in/perm{p}"][:keep] for p in (index, index + 2)])
-        y = encoder.block(
-            ops.convert_to_tensor(x),
-            weights,
-            h["num_heads"],
-            subsets=ops.convert_to_tensor(subsets, dtype="int32"),
-            epsilon=h["norm_eps"],
-        )
-        golden.check(y, f"out/{index}")
+        subset = np.stack([golden[f"in/perm{p}"][:keep] for p in (index, index + 2)])
+        subsets.append(ops.convert_to_tensor(subset, dtype="int32"))
+    y = encoder.block(
+        encoder.to_rows([ops.convert_to_tensor(x) for x in crops]),
+        weights,
+        [x.shape[:2] for x in crops],
+        h["num_heads"],
+        ropes=[None, None],
+        subsets=subsets,
+        epsilon=h["norm_eps"],
+    )
+    for index, part in enumerate(encoder.from_rows(y, [x.shape for x in crops])):
+        golden.check(part, f"out/{index}")
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_expectation():
-    x = ops.ones((7, 3, 5))
+    x = encoder.to_rows([ops.ones((7, 3, 5)), ops.ones((2, 4, 5))])
     seed = keras.random.SeedGenerator(3)
     drawn = []
     for _ in range(40):
-        subset = encoder.random_subsets(1, 7, 4, seed)[0, 1]
-        y = numpy(encoder.add_residual(x, lambda x: x, ops.ones((5,)), subset))
+        subsets = [encoder.random_subsets(1, 7, 4, seed)[0, 1], None]
+        y = encoder.add_residual(x, lambda x, _: x, ops.ones((5,)), ((7, 3), (2, 4)), subsets)
+        y, others = (numpy(part) for part in encoder.from_rows(y, [(7, 3, 5), (2, 4, 5)]))
+        np.testing.assert_array_equal(others, 2.0)
         kept = np.unique(y.reshape(7, -1), axis=1)
         assert kept.shape == (7, 1)  # an image is dropped as a whole
         np.testing.assert_allclose(np.unique(y), [1.0, 1.0 + 7 / 4], rtol=1e-6)

@@ -424,9 +424,9 @@ def test_a_model_in_chunks_trains_as_one_without(dtype, centering):
         data = tiny.images(3 * tiny.B)
         history = model.fit(data, batch_size=tiny.B, verbose=0).history
         histories.append([value for name in sorted(history) for value in history[name]])
-    np.testing.assert_allclose(
-        histories[1], histories[0], rtol=1e-4 if dtype == "float32" else 2e-2
-    )
+    # KoLeo is the logarithm of distances, which bfloat16 knows to 2**-8.
+    rtol, atol = (1e-4, 0) if dtype == "float32" else (2e-2, 4e-3)
+    np.testing.assert_allclose(histories[1], histories[0], rtol, atol)
 
 
 def test_the_chunk_size_is_in_the_config():

@@ -1,0 +1,73 @@
+"""What differs between the engines; no code elsewhere asks which one is running."""
+
+from keras_dinov3.backend.compiling import (
+    assigning,
+    compilation,
+    compiled,
+    compiled_pieces,
+    fold,
+    loop,
+    tensor_of,
+)
+from keras_dinov3.backend.host import (
+    assert_in_graph,
+    call_in_tf_graph,
+    declare_shapes,
+    full_tf_batches,
+    host_values,
+    is_foreign_graph_tensor,
+    load_torch_file,
+    numpy_of,
+    save_torch_file,
+)
+from keras_dinov3.backend.kernels import (
+    attention,
+    dense,
+    in_cache,
+    put,
+    split,
+    with_gradient,
+)
+from keras_dinov3.backend.steps import (
+    after,
+    global_norm,
+    move_towards,
+    optimizer_updates,
+    scaled,
+    step_then,
+    update_together,
+    weights_kept,
+)
+
+__all__ = [
+    "after",
+    "assert_in_graph",
+    "assigning",
+    "attention",
+    "call_in_tf_graph",
+    "compilation",
+    "compiled",
+    "compiled_pieces",
+    "declare_shapes",
+    "dense",
+    "fold",
+    "full_tf_batches",
+    "global_norm",
+    "host_values",
+    "in_cache",
+    "is_foreign_graph_tensor",
+    "load_torch_file",
+    "loop",
+    "move_towards",
+    "numpy_of",
+    "optimizer_updates",
+    "put",
+    "save_torch_file",
+    "scaled",
+    "split",
+    "step_then",
+    "tensor_of",
+    "update_together",
+    "weights_kept",
+    "with_gradient",
+]
