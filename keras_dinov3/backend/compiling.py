@@ -202,8 +202,12 @@ def torch_compiled(function):
         if failed:
             return function(*args)
         try:
-            # Each shape of crops is one more entry, and one more without gradients.
-            with torch._dynamo.config.patch(recompile_limit=64):
+            with (
+                # Each shape of crops is one more entry, and one more without gradients.
+                torch._dynamo.config.patch(recompile_limit=64),
+                # 3 s to see whether the compiler knows the processor's vectors: it tells if not.
+                torch._inductor.config.patch({"cpp.vec_isa_ok": True}),
+            ):
                 return compiled(*args)
         except (
             torch._dynamo.exc.BackendCompilerFailed,
