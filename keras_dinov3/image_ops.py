@@ -6,6 +6,7 @@ pixels costs torch on a CPU forty times as much as a product. Crops are kept as 
 that is, crop, column, channel, row: each channel of a column is contiguous.
 """
 
+import functools
 import itertools
 import math
 
@@ -359,7 +360,7 @@ def to_gray(planes, applied):
 
 
 def blur(x, sigma, kernel_size, applied):
-    """Gaussian blur of crops `(N, S, C, S)`, mirrored at the edges; `sigma` is `(N, 1)` pixels.
+    """Gaussian blur of crops `(N, h, C, w)`, mirrored at the edges; `sigma` is `(N, 1)` pixels.
 
     Crops that are not `applied` `(N, 1)` stay as they are.
     """
@@ -368,27 +369,27 @@ def blur(x, sigma, kernel_size, applied):
     kernel = ops.exp(-0.5 * ops.square(distances / sigma))  # (N, radius + 1)
     kernel = ops.where(applied, kernel, ops.cast(distances == 0.0, "float32"))
     kernel = kernel / (2.0 * ops.sum(kernel, axis=1, keepdims=True) - kernel[:, :1])
-    taps = [per_crop(kernel[:, distance]) for distance in range(radius + 1)]
-    for axis in (1, 3):
-        size = x.shape[axis]
-        mirrored = mirror(x, radius, axis)
 
-        def shifted(by, mirrored=mirrored, axis=axis, size=size):
-            return take_range(mirrored, radius + by, radius + by + size, axis)
+    def weights(size):  # (N, size, size): all of a row's weights, most of them 0
+        bands = ops.convert_to_tensor(mirrored_bands(size, radius))
+        return ops.reshape(ops.matmul(kernel, bands), (-1, size, size))
 
-        x = taps[0] * x
-        for distance in range(1, radius + 1):
-            x = x + taps[distance] * (shifted(-distance) + shifted(distance))
-    return x
+    _, height, channels, width = x.shape
+    x = ops.matmul(weights(height), ops.reshape(x, (-1, height, channels * width)))
+    x = ops.reshape(x, (-1, height * channels, width))
+    x = ops.matmul(x, ops.transpose(weights(width), (0, 2, 1)))
+    return ops.reshape(x, (-1, height, channels, width))
 
 
-def mirror(x, radius, axis):
-    """Continues `x` at both ends of an axis by `radius` values, the edge itself not repeated."""
-    size = x.shape[axis]
-    before = ops.flip(take_range(x, 1, radius + 1, axis), axis)
-    after = ops.flip(take_range(x, size - radius - 1, size - 1, axis), axis)
-    return ops.concatenate([before, x, after], axis)
+@functools.cache
+def mirrored_bands(size, radius):
+    """Which pixel each output pixel reads at each distance, `(radius + 1, size * size)` counts.
 
-
-def take_range(x, start, end, axis):
-    return x[(slice(None),) * axis + (slice(start, end),)]
+    Pixels beyond an edge are those before it, the edge itself not repeated.
+    """
+    bands = np.zeros((radius + 1, size, size), "float32")
+    for shift in range(-radius, radius + 1):
+        for row in range(size):
+            column = abs(row + shift)
+            bands[abs(shift), row, min(column, 2 * (size - 1) - column)] += 1.0
+    return bands.reshape(radius + 1, -1)
