@@ -37,8 +37,9 @@ PARTS = "crops masks teacher student heads sinkhorn losses forward backward opti
 def make_parts(model, images):
     """The parts, a dict from name to a function that runs one and waits for it."""
     from keras_dinov3 import backend
-    from keras_dinov3.encoder import encode
+    from keras_dinov3.encoder import View, encode, encode_views
     from keras_dinov3.model import merge
+    from keras_dinov3.prototypes import project, project_all
 
     trainable, others = model.trainable_variables, model.non_trainable_variables
     optimizer = model.optimizer
@@ -67,27 +68,29 @@ def make_parts(model, images):
         return encode(model.teacher, merge(crops["global_crops"]), extras=model.teacher_extras)
 
     def study(crops, masks):
-        how = {
-            "training": True,
-            "drop_path_rate": model.drop_path_rate,
-            "seed": model.seed_generator,
-            "extras": model.student_extras,
-            "remat": model.remat,
-        }
-        masks = None if masks is None else merge(masks)
-        tokens = [encode(model.student, merge(crops["global_crops"]), masks=masks, **how)]
+        views = [View(merge(crops["global_crops"]), None if masks is None else merge(masks))]
         if "local_crops" in crops:
-            local_crops = merge(crops["local_crops"])
-            tokens.append(encode(model.student, local_crops, is_local=True, **how))
-        return tokens
+            views.append(View(merge(crops["local_crops"]), is_local=True))
+        return encode_views(
+            model.student,
+            views,
+            training=True,
+            drop_path_rate=model.drop_path_rate,
+            seed=model.seed_generator,
+            extras=model.student_extras,
+            remat=model.remat,
+        )
 
     def heads(teacher, student, slots):
-        outputs = [model.teacher_dino_head(teacher.cls)]
-        outputs += [model.student_dino_head(tokens.cls) for tokens in student]
+        chunk = model.prototype_chunk_size
+        outputs = [project(model.teacher_dino_head, teacher.cls, chunk)]
+        tokens = [ops.expand_dims(tokens.cls, 0) for tokens in student]
+        outputs += project_all(model.student_dino_head, tokens, chunk)
         if slots is not None:
             sides = (model.teacher_ibot_head, teacher), (model.student_ibot_head, student[0])
             for head, tokens in sides:
-                outputs.append(head(ops.take(merge(tokens.patches), slots.index, axis=0)))
+                patches = ops.take(merge(tokens.patches), slots.index, axis=0)
+                outputs.append(project(head, patches, chunk))
         return outputs
 
     def sinkhorn(outputs):
