@@ -1,0 +1,287 @@
+"""`CollapseMonitor`: what student and teacher still tell apart, on images that stay the same."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dinov3 import backend
+from keras_dinov3.alarms import Watch, announce
+from keras_dinov3.batches import full_batches, inputs_of, is_arrays
+from keras_dinov3.checks import check_batch
+from keras_dinov3.encoder import encode, grid_of
+from keras_dinov3.families import patch_size_of
+from keras_dinov3.losses import l2_normalize
+from keras_dinov3.monitors import Monitor, changed, scheduled_values
+from keras_dinov3.prototypes import dino_losses, ibot_losses
+from keras_dinov3.schedules import check_count, is_zero, value_at
+
+NUM_SIMILARITIES = 16  # images whose patches are compared with each other
+
+
+class CollapseMonitor(Monitor):
+    """Watches whether student and teacher still tell images apart, and says what to change if not.
+
+    A few images, cut and masked once, are shown to both now and then, apart from training. In the
+    logs then, for the class token and, with `patch_` before the name, for hidden patches:
+
+    - `target_entropy`: of the teacher's targets, in nats, from 0 to `log(num_prototypes)`. It is
+      the part of the loss that the student cannot change.
+    - `target_kl`: the rest of the loss, the divergence of the student's predictions from them. The
+      loss of the global crops is the sum of both.
+    - `target_information`: what a target says about its image, in nats: the entropy of the mean
+      target minus `target_entropy`. At 0 all images have one target, and nothing can be learned.
+
+    And, for the class token:
+
+    - `prototypes_used`: how many prototypes some crop's target prefers, of as many as could be.
+    - `feature_std`: the deviation of the teacher's normalised features over the images, mean over
+      dimensions, times the square root of the width: 1 where they point all ways, 0 where all are
+      one.
+    - `feature_agreement`, `prototype_agreement`: the cosine between student and teacher for the
+      same crop, and how often both prefer one prototype.
+    - `patch_drift`: how far the cosines between the patches of an image are from those of an early
+      copy, root mean square. Dense features can fade while the rest still improves.
+    - `weight_norm`, `teacher_distance`: the length of the student's weights, and the distance of
+      the teacher's from them as a share of it.
+
+    An alarm fires once in a `fit` for each of its kinds, as a warning that says what was seen,
+    since when, and which setting to try:
+
+    - `flat_targets`: targets that are nearly uniform, as with a teacher's temperature too high;
+    - `one_target`: one target for all images, as without Sinkhorn or centering;
+    - `teacher_is_student`: a teacher that averages nothing, as with momentum 0;
+    - `diverged`: a student worse than a uniform guess, as with a learning rate far too high.
+
+    Args:
+        images: Images `(n, H, W, C)`, or `(images, labels)`, or a dict of ready crops as `fit`
+            takes them, or batches of these, of which the first is used. All are looked at
+            together, 64 to 256 are plenty; Sinkhorn is over them.
+        every: Int, at least 1. Epochs from one look to the next.
+        every_steps: Int or `None`: batches from one look to the next, see `Monitor`.
+        reference_epoch: Int. After how many epochs `patch_drift` takes its early copy; 0 before
+            that.
+        patience: Int, at least 1. Looks in a row that must agree before an alarm fires.
+        path: Path of a file that each alarm is appended to, as a line of JSON. `None`: no file.
+        seed: Int. Seeds crops and masks.
+
+    Attributes:
+        alarms: List of dicts, one for each alarm: `kind`, `step` and `epoch` at which it fired,
+            `since_step` and `since_epoch`, `message` and `values`, the numbers that it saw.
+        records: List of dicts, see `Monitor`.
+
+    Raises:
+        ValueError: If an argument is outside its range; before training, if the images do not fit
+            the model.
+
+    Reference:
+        [Caron et al., 2021](https://arxiv.org/abs/2104.14294), section 5.3 and figure 7 (entropy
+        and divergence); [Chen & He, 2021](https://arxiv.org/abs/2011.10566), section 4.1
+        (deviation of normalised features); [Siméoni et al.,
+        2025](https://arxiv.org/abs/2508.10104), section 4 (patch similarities that fade).
+    """
+
+    def __init__(
+        self,
+        images,
+        every=1,
+        every_steps=None,
+        reference_epoch=1,
+        patience=3,
+        path=None,
+        seed=0,
+    ):
+        super().__init__(every, every_steps)
+        check_count("reference_epoch", reference_epoch)
+        check_count("patience", patience, at_least=1)
+        check_count("seed", seed)
+        self.images = images
+        self.reference_epoch = reference_epoch
+        self.patience = patience
+        self.path = path
+        self.seed = seed
+        self.alarms = []
+        self._first = self._reference = None
+
+    def prepare(self):
+        if self._first is None:
+            images = self.images[0] if isinstance(self.images, tuple) else self.images
+            size = len(keras.tree.flatten(images)[0]) if is_arrays(images) else None
+            self._first = full_batches(images, size)[1]
+        check_batch(self._first, self.model)
+        self._crops = self.crops_of(inputs_of(self._first))
+        self._probe = CollapseProbe(self.model)  # anew: settings may have changed
+        self._watch = Watch(self.patience)
+
+    def crops_of(self, inputs):
+        """What the probe sees: crops and masks as in training, but always the same."""
+        model, crops = self.model, inputs
+        if not isinstance(inputs, dict):
+            crops = changed(model.augmentation, num_local_crops=0, seed=self.seed)(inputs)
+        images, masks = backend.numpy_of(crops["global_crops"]), crops.get("masks")
+        if masks is None and model.masking is not None:
+            grid_size = grid_of(images.shape[2:4], patch_size_of(model.student), "global_crops")
+            masks = changed(model.masking, seed=self.seed).sample(*images.shape[:2], grid_size)
+        found = {"global_crops": images}
+        if masks is not None:
+            found["masks"] = backend.numpy_of(masks).astype(bool)
+            if found["masks"].any() and not is_zero(model.ibot_weight):
+                found["masked"] = np.flatnonzero(found["masks"]).astype("int32")
+        return found
+
+    def measure(self):
+        values = self._probe.predict_on_batch(self._crops)
+        similarity = values.pop("patch_similarity")
+        self._similarity = similarity
+        values = {name: float(value) for name, value in values.items()}
+        if self._reference is None:
+            return {**values, "patch_drift": 0.0}
+        drift = np.sqrt(np.mean(np.square(similarity - self._reference)))
+        return {**values, "patch_drift": float(drift)}
+
+    def _record(self, epoch):
+        super()._record(epoch)
+        if self._reference is None and epoch >= self.reference_epoch:
+            self._reference = self._similarity
+        for alarm in self._watch.look(self.records[-1], self.settings()):
+            self.alarms.append(alarm)
+            announce(alarm, self.path)
+
+    def settings(self):
+        """What the alarms' advice is computed from."""
+        model, params = self.model, self.params or {}
+        batches = (params.get("epochs") or 0) * (params.get("steps") or 0)
+        per_update = backend.bare_optimizer(model).gradient_accumulation_steps or 1
+        return {
+            **scheduled_values(model),
+            "num_prototypes": model.num_prototypes,
+            "centering": model.centering,
+            "koleo_weight": model.koleo_weight,
+            "batch_size": model.train_shapes[0][0] * per_update,
+            "total_steps": batches // per_update or None,
+        }
+
+
+class CollapseProbe(keras.Model):
+    """Crops in, the values of `CollapseMonitor` out: one compiled function of fixed shapes.
+
+    Args:
+        model: `DINOv3`. Its weights of the moment are read.
+
+    Call arguments:
+        crops: Dict of `"global_crops"` `(B, G, S, S, C)` and, if patches are hidden, `"masks"`
+            `(B, G, N)` and `"masked"` `(M,)`, the numbers of the hidden ones among all `B*G*N`.
+
+    Returns:
+        Dict of float32 scalars, and `"patch_similarity"` `(b, N, N)`: the cosines between the
+        teacher's patches of a few crops.
+    """
+
+    def __init__(self, model):
+        super().__init__(autocast=False)
+        self.source = model
+        self.built = True  # no weights of its own
+
+    def call(self, crops):
+        model, images = self.source, crops["global_crops"]
+        batch_size, num_crops = images.shape[:2]
+        masks = crops.get("masks")
+
+        def merge(x):
+            return ops.reshape(x, (batch_size * num_crops, *x.shape[2:]))
+
+        def logits_of(head, tokens):
+            return ops.reshape(head(tokens), (batch_size, num_crops, -1))
+
+        temperature = value_at(model.teacher_temperature, model.step)
+        student_temperature = value_at(model.student_temperature, model.step)
+        teacher = encode(model.teacher, merge(images), extras=model.teacher_extras)
+        masks = None if masks is None else merge(masks)
+        student = encode(model.student, merge(images), masks, extras=model.student_extras)
+        values = {}
+
+        targets = logits_of(model.teacher_dino_head, teacher.cls)  # (B, G, K)
+        targets = model.class_targets(targets, temperature, training=False)
+        logits = logits_of(model.student_dino_head, student.cls)
+        is_other = num_crops > 1 and model.ignore_diagonal
+        losses = dino_losses(targets, {"global": logits}, student_temperature, is_other)["global"]
+        values.update(parts_of_loss(targets, losses))
+        winners = ops.argmax(targets, axis=-1)
+        values["prototypes_used"] = share_used(winners, targets.shape[-1])
+        values["prototype_agreement"] = mean_of(ops.argmax(logits, axis=-1) == winners)
+        if "masked" in crops:
+            values.update(self.patch_values(teacher, student, crops["masked"]))
+
+        cls, student_cls, patches = (
+            l2_normalize(ops.cast(x, "float32"))
+            for x in (teacher.cls, student.cls, teacher.patches)
+        )
+        values["feature_std"] = ops.mean(ops.std(cls, axis=0)) * math.sqrt(cls.shape[-1])
+        values["feature_agreement"] = ops.mean(ops.sum(cls * student_cls, axis=-1))
+        few = patches[: NUM_SIMILARITIES * num_crops : num_crops]
+        values["patch_similarity"] = ops.matmul(few, ops.transpose(few, (0, 2, 1)))
+        return {**values, **self.weight_values()}
+
+    def patch_values(self, teacher, student, masked):
+        """Entropy and divergence of the targets of hidden patches."""
+        model = self.source
+        temperature = value_at(model.teacher_temperature, model.step)
+        student_temperature = value_at(model.student_temperature, model.step)
+        targets, logits = (
+            head(ops.take(ops.reshape(tokens.patches, (-1, tokens.patches.shape[-1])), masked, 0))
+            for head, tokens in (
+                (model.teacher_ibot_head, teacher),
+                (model.student_ibot_head, student),
+            )
+        )  # (M, K)
+        targets = model.patch_targets(targets, temperature, training=False)
+        losses = ibot_losses(targets, logits, student_temperature)
+        return {f"patch_{name}": value for name, value in parts_of_loss(targets, losses).items()}
+
+    def weight_values(self):
+        """The length of the student's weights, and how far the teacher's are from them."""
+        model = self.source
+        values = {"weight_norm": backend.global_norm(tensors(model.student.weights))}
+        if model.teacher_ema is not None:
+            pairs = zip(tensors(model.student.weights), tensors(model.teacher.weights), strict=True)
+            distance = backend.global_norm([student - teacher for student, teacher in pairs])
+            values["teacher_distance"] = distance / values["weight_norm"]
+        return values
+
+
+def parts_of_loss(targets, losses):
+    """The two parts of a cross-entropy, and how much targets `(..., K)` say about a sample.
+
+    Cross-entropy is the entropy of the targets, which the student cannot change, plus their
+    divergence from its predictions. The information is the entropy of the mean target minus the
+    mean entropy of the targets: 0 if all samples have one target, whether flat or sharp.
+    """
+    entropy = ops.mean(entropy_of(targets))
+    mean = ops.mean(ops.reshape(targets, (-1, targets.shape[-1])), axis=0)
+    return {
+        "target_entropy": entropy,
+        "target_kl": ops.mean(losses) - entropy,
+        "target_information": entropy_of(mean) - entropy,
+    }
+
+
+def entropy_of(probabilities):
+    """In nats, over the last axis."""
+    logs = ops.log(ops.maximum(probabilities, 1e-30))
+    return -ops.sum(probabilities * logs, axis=-1)
+
+
+def share_used(winners, num_prototypes):
+    """How many prototypes win a sample, as a share of the most that could."""
+    wins = ops.sum(ops.one_hot(ops.reshape(winners, (-1,)), num_prototypes), axis=0)
+    most = min(num_prototypes, winners.shape[0] * winners.shape[1])
+    return ops.sum(ops.cast(wins > 0, "float32")) / most
+
+
+def mean_of(conditions):
+    return ops.mean(ops.cast(conditions, "float32"))
+
+
+def tensors(variables):
+    return [ops.convert_to_tensor(variable) for variable in variables]
