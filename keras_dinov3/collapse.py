@@ -1,5 +1,6 @@
 """`CollapseMonitor`: what student and teacher still tell apart, on images that stay the same."""
 
+import functools
 import math
 
 import keras
@@ -164,90 +165,92 @@ class CollapseMonitor(Monitor):
 
 
 class CollapseProbe(keras.Model):
-    """Crops in, the values of `CollapseMonitor` out: one compiled function of fixed shapes.
+    """`look_at` a model, compiled: crops in, values out.
 
     Args:
-        model: `DINOv3`. Its weights of the moment are read.
+        model: `DINOv3`. Its weights of the moment are read; settings are those of now.
 
     Call arguments:
+        crops: As in `look_at`.
+    """
+
+    def __init__(self, model):
+        super().__init__(autocast=False)
+        targets = [model.class_targets, model.patch_targets]
+        targets = [side for side in targets if isinstance(side, keras.layers.Layer)]
+        # What is read, and no more: Keras carries and builds all that a model holds.
+        self.parts = [part for pair in model.student_and_teacher for part in pair] + targets
+        self.step = model.step
+        self._look = functools.partial(look_at, model)
+        self.built = True  # no weights of its own
+
+    def call(self, crops):
+        return self._look(crops)
+
+
+def look_at(model, crops):
+    """The values of `CollapseMonitor` of the moment, but for what is compared with earlier ones.
+
+    Args:
+        model: `DINOv3`.
         crops: Dict of `"global_crops"` `(B, G, S, S, C)` and, if patches are hidden, `"masks"`
             `(B, G, N)` and `"masked"` `(M,)`, the numbers of the hidden ones among all `B*G*N`.
 
     Returns:
         Dict of float32 scalars, and `"patch_similarity"` `(b, N, N)`: the cosines between the
-        teacher's patches of a few crops.
+        teacher's patches of the first crops of a few images.
     """
+    images, masks = crops["global_crops"], crops.get("masks")
+    batch_size, num_crops = images.shape[:2]
+    masks = None if masks is None else merge(masks)
+    teacher = encode(model.teacher, merge(images), extras=model.teacher_extras)
+    student = encode(model.student, merge(images), masks=masks, extras=model.student_extras)
+    teacher_temperature = value_at(model.teacher_temperature, model.step)
+    student_temperature = value_at(model.student_temperature, model.step)
 
-    def __init__(self, model):
-        super().__init__(autocast=False)
-        self.source = model
-        self.built = True  # no weights of its own
+    def logits_of(head, tokens):
+        return ops.reshape(head(tokens), (batch_size, num_crops, -1))
 
-    def call(self, crops):
-        model, images = self.source, crops["global_crops"]
-        batch_size, num_crops = images.shape[:2]
-        masks = crops.get("masks")
+    logits = logits_of(model.teacher_dino_head, teacher.cls)  # (B, G, K)
+    targets = model.class_targets(logits, teacher_temperature, training=False)
+    logits = logits_of(model.student_dino_head, student.cls)
+    ignore_diagonal = model.ignore_diagonal and num_crops > 1
+    losses = dino_losses(targets, {"global": logits}, student_temperature, ignore_diagonal)
+    values = parts_of_loss(targets, losses["global"])
+    winners = ops.argmax(targets, axis=-1)
+    values["prototypes_used"] = share_used(winners, targets.shape[-1])
+    agree = ops.argmax(logits, axis=-1) == winners
+    values["prototype_agreement"] = ops.mean(ops.cast(agree, "float32"))
 
-        def merge(x):
-            return ops.reshape(x, (batch_size * num_crops, *x.shape[2:]))
+    if "masked" in crops:
+        patches = [ops.take(merge(x.patches), crops["masked"], axis=0) for x in (teacher, student)]
+        logits = model.teacher_ibot_head(patches[0])  # (M, K)
+        targets = model.patch_targets(logits, teacher_temperature, training=False)
+        losses = ibot_losses(targets, model.student_ibot_head(patches[1]), student_temperature)
+        parts = parts_of_loss(targets, losses)
+        values.update({f"patch_{name}": value for name, value in parts.items()})
 
-        def logits_of(head, tokens):
-            return ops.reshape(head(tokens), (batch_size, num_crops, -1))
-
-        temperature = value_at(model.teacher_temperature, model.step)
-        student_temperature = value_at(model.student_temperature, model.step)
-        teacher = encode(model.teacher, merge(images), extras=model.teacher_extras)
-        masks = None if masks is None else merge(masks)
-        student = encode(model.student, merge(images), masks, extras=model.student_extras)
-        values = {}
-
-        targets = logits_of(model.teacher_dino_head, teacher.cls)  # (B, G, K)
-        targets = model.class_targets(targets, temperature, training=False)
-        logits = logits_of(model.student_dino_head, student.cls)
-        is_other = num_crops > 1 and model.ignore_diagonal
-        losses = dino_losses(targets, {"global": logits}, student_temperature, is_other)["global"]
-        values.update(parts_of_loss(targets, losses))
-        winners = ops.argmax(targets, axis=-1)
-        values["prototypes_used"] = share_used(winners, targets.shape[-1])
-        values["prototype_agreement"] = mean_of(ops.argmax(logits, axis=-1) == winners)
-        if "masked" in crops:
-            values.update(self.patch_values(teacher, student, crops["masked"]))
-
-        cls, student_cls, patches = (
-            l2_normalize(ops.cast(x, "float32"))
-            for x in (teacher.cls, student.cls, teacher.patches)
-        )
-        values["feature_std"] = ops.mean(ops.std(cls, axis=0)) * math.sqrt(cls.shape[-1])
+    cls, student_cls, patches = (
+        l2_normalize(ops.cast(x, "float32")) for x in (teacher.cls, student.cls, teacher.patches)
+    )
+    values["feature_std"] = ops.mean(ops.std(cls, axis=0)) * math.sqrt(cls.shape[-1])
+    if cls.shape[-1] == student_cls.shape[-1]:
         values["feature_agreement"] = ops.mean(ops.sum(cls * student_cls, axis=-1))
-        few = patches[: NUM_SIMILARITIES * num_crops : num_crops]
-        values["patch_similarity"] = ops.matmul(few, ops.transpose(few, (0, 2, 1)))
-        return {**values, **self.weight_values()}
+    few = patches[: NUM_SIMILARITIES * num_crops : num_crops]
+    values["patch_similarity"] = ops.matmul(few, ops.transpose(few, (0, 2, 1)))
 
-    def patch_values(self, teacher, student, masked):
-        """Entropy and divergence of the targets of hidden patches."""
-        model = self.source
-        temperature = value_at(model.teacher_temperature, model.step)
-        student_temperature = value_at(model.student_temperature, model.step)
-        targets, logits = (
-            head(ops.take(ops.reshape(tokens.patches, (-1, tokens.patches.shape[-1])), masked, 0))
-            for head, tokens in (
-                (model.teacher_ibot_head, teacher),
-                (model.student_ibot_head, student),
-            )
-        )  # (M, K)
-        targets = model.patch_targets(targets, temperature, training=False)
-        losses = ibot_losses(targets, logits, student_temperature)
-        return {f"patch_{name}": value for name, value in parts_of_loss(targets, losses).items()}
+    weights = [ops.convert_to_tensor(weight) for weight in model.student.weights]
+    values["weight_norm"] = backend.global_norm(weights)
+    if model.teacher_ema is not None:
+        pairs = zip(weights, model.teacher.weights, strict=True)
+        distance = backend.global_norm([x - ops.convert_to_tensor(y) for x, y in pairs])
+        values["teacher_distance"] = distance / values["weight_norm"]
+    return values
 
-    def weight_values(self):
-        """The length of the student's weights, and how far the teacher's are from them."""
-        model = self.source
-        values = {"weight_norm": backend.global_norm(tensors(model.student.weights))}
-        if model.teacher_ema is not None:
-            pairs = zip(tensors(model.student.weights), tensors(model.teacher.weights), strict=True)
-            distance = backend.global_norm([student - teacher for student, teacher in pairs])
-            values["teacher_distance"] = distance / values["weight_norm"]
-        return values
+
+def merge(x):
+    """Merges the first two axes."""
+    return ops.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
 
 
 def parts_of_loss(targets, losses):
@@ -277,11 +280,3 @@ def share_used(winners, num_prototypes):
     wins = ops.sum(ops.one_hot(ops.reshape(winners, (-1,)), num_prototypes), axis=0)
     most = min(num_prototypes, winners.shape[0] * winners.shape[1])
     return ops.sum(ops.cast(wins > 0, "float32")) / most
-
-
-def mean_of(conditions):
-    return ops.mean(ops.cast(conditions, "float32"))
-
-
-def tensors(variables):
-    return [ops.convert_to_tensor(variable) for variable in variables]
