@@ -38,7 +38,7 @@ EXPECTED = {
     "no centering": "one_target",
     "learning rate x 100": "diverged",
 }
-SHOWN = ("target_entropy", "target_kl", "target_information", "prototypes_used", "feature_std")
+SHOWN = ("target_entropy", "target_information", "patch_target_information", "weight_norm")
 
 
 def build(steps, seed, learning_rate=RATE, **settings):

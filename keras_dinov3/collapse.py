@@ -50,20 +50,25 @@ class CollapseMonitor(Monitor):
     An alarm fires once in a `fit` for each of its kinds, as a warning that says what was seen,
     since when, and which setting to try:
 
-    - `flat_targets`: targets that are nearly uniform, as with a teacher's temperature too high;
-    - `one_target`: one target for all images, as without Sinkhorn or centering;
+    - `flat_targets`: uniform targets of class tokens and of patches, as with a teacher's
+      temperature too high;
+    - `one_target`: one other target for all images, as without Sinkhorn or centering;
     - `teacher_is_student`: a teacher that averages nothing, as with momentum 0;
-    - `diverged`: a student worse than a uniform guess, as with a learning rate far too high.
+    - `diverged`: weights that explode, or a loss above that of a uniform guess, as with a learning
+      rate far too high. After it no other fires: it would be a consequence.
 
     Args:
         images: Images `(n, H, W, C)`, or `(images, labels)`, or a dict of ready crops as `fit`
             takes them, or batches of these, of which the first is used. All are looked at
             together, 64 to 256 are plenty; Sinkhorn is over them.
         every: Int, at least 1. Epochs from one look to the next.
-        every_steps: Int or `None`: batches from one look to the next, see `Monitor`.
+        every_steps: Int or `None`: batches from one look to the next, see `Monitor`. A look costs
+            as much as a step without its backward pass; alarms need some before it is too late.
         reference_epoch: Int. After how many epochs `patch_drift` takes its early copy; 0 before
             that.
-        patience: Int, at least 1. Looks in a row that must agree before an alarm fires.
+        patience: Int, at least 1. Updates for which targets must be flat or all the same before
+            an alarm fires, since every run begins that way. `None`: a tenth of the run, but at
+            least 100. The other alarms need two looks.
         path: Path of a file that each alarm is appended to, as a line of JSON. `None`: no file.
         seed: Int. Seeds crops and masks.
 
@@ -87,15 +92,16 @@ class CollapseMonitor(Monitor):
         self,
         images,
         every=1,
-        every_steps=None,
+        every_steps=100,
         reference_epoch=1,
-        patience=3,
+        patience=None,
         path=None,
         seed=0,
     ):
         super().__init__(every, every_steps)
         check_count("reference_epoch", reference_epoch)
-        check_count("patience", patience, at_least=1)
+        if patience is not None:
+            check_count("patience", patience, at_least=1)
         check_count("seed", seed)
         self.images = images
         self.reference_epoch = reference_epoch
@@ -153,10 +159,16 @@ class CollapseMonitor(Monitor):
         """What the alarms' advice is computed from."""
         model, params = self.model, self.params or {}
         batches = (params.get("epochs") or 0) * (params.get("steps") or 0)
-        per_update = backend.bare_optimizer(model).gradient_accumulation_steps or 1
+        optimizer = backend.bare_optimizer(model)
+        per_update = optimizer.gradient_accumulation_steps or 1
+        values = scheduled_values(model)
         return {
-            **scheduled_values(model),
-            "num_prototypes": model.num_prototypes,
+            **values,
+            "peak_learning_rate": getattr(
+                optimizer._learning_rate, "peak", values["learning_rate"]
+            ),
+            "num_prototypes": model.head_sizes["dino"],
+            "num_patch_prototypes": model.head_sizes["ibot"],
             "centering": model.centering,
             "koleo_weight": model.koleo_weight,
             "batch_size": model.train_shapes[0][0] * per_update,

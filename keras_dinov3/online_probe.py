@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_dinov3 import backend
 from keras_dinov3.evaluation import batches, checked_labels
 from keras_dinov3.monitors import FeatureMonitor, synchronize
 from keras_dinov3.schedules import check_count
@@ -125,7 +126,7 @@ class LinearProbe(FeatureMonitor):
             data = self.train
             if isinstance(data, tuple):
                 order = rng.permutation(len(data[0]))
-                data = ([part[i] for part in data] for i in chunks(order, self.batch_size))
+                data = shuffled(map(backend.numpy_of, data), order, self.batch_size)
             full_size = 0
             for images, labels in batches(data, self.batch_size):
                 full_size = max(full_size, len(images))
@@ -157,5 +158,8 @@ class LinearProbe(FeatureMonitor):
         return {self.name: float(np.mean(correct)), f"{self.name}_loss": float(loss)}
 
 
-def chunks(order, size):
-    return (order[start : start + size] for start in range(0, len(order), size))
+def shuffled(arrays, order, batch_size):
+    """Batches of arrays in a given order."""
+    arrays = list(arrays)
+    for start in range(0, len(order), batch_size):
+        yield [array[order[start : start + batch_size]] for array in arrays]

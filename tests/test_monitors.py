@@ -126,7 +126,7 @@ def test_a_linear_probe_learns_and_does_not_touch_the_run():
         LinearProbe(labelled(40, 1), labelled(12, 2), batch_size=8, every_steps=5),
         KNN(labelled(9, 3), labelled(6, 4), k=3, every_steps=7),
         LiDAR(labelled(7, 5)[0], num_views=2, every_steps=9),
-        kd.callbacks.CollapseMonitor(images[:5], every_steps=4, patience=99),
+        kd.callbacks.CollapseMonitor(images[:5], every_steps=4, patience=999),
         ScheduleLogger(every_steps=1),
     ]
     alone, watched = (tiny.model(kd.AdamW(1e-3)) for _ in range(2))
