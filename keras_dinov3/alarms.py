@@ -167,7 +167,7 @@ def target_kinds(record, settings):
     return [
         (
             name,
-            record[f"{prefix}target_entropy"] / math.log(settings[count]),
+            record[f"{prefix}target_entropy"] / math.log(max(settings[count], 2)),
             record[f"{prefix}target_information"],
         )
         for name, prefix, count in kinds

@@ -26,7 +26,7 @@ class LinearProbe(FeatureMonitor):
         val: The same: what its accuracy is measured on.
         every: Int, at least 1. Epochs from one measurement to the next.
         train_every: Int, at least 1. Training steps of the model to one of the classifier, which
-            costs a forward pass of `batch_size` images.
+            costs a forward pass of `batch_size` images and waits for the device.
         optimizer: Keras optimizer of its own, or the name of one. `None`: Adam at a rate of 0.01.
         feature: `"cls"`, `"mean_patch"` or `"cls_mean_patch"`.
         mean: Number or one per channel, as in `KNN`.

@@ -122,7 +122,7 @@ def test_values_are_those_of_student_and_teacher(config):
 
 
 def test_patch_drift_is_from_the_early_copy():
-    model, similarities = tiny.model(kd.AdamW(1e-2), teacher_ema=kd.callbacks.TeacherEMA(0.1)), []
+    model, similarities = tiny.model(kd.AdamW(1e-2), teacher_ema=kd.callbacks.TeacherEMA(0.6)), []
 
     class Keep(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
