@@ -315,6 +315,48 @@ def rankme(features, epsilon=1e-7):
     return float(np.exp(-np.sum(p * np.log(p))))
 
 
+def lidar(features, delta=1e-4, epsilon=1e-7):
+    """Effective rank of what features know of images beyond their views.
+
+    With a class for each image, its views being the members: between images the covariance of the
+    means is `B`, within images that of the views is `W + delta * I`. The value is
+    `exp(-sum(p * log(p)))`, where `p` are the eigenvalues of `W**-0.5 @ B @ W**-0.5`, scaled to
+    sum 1, plus `epsilon`.
+
+    Args:
+        features: Float array of shape `(n, q, D)`: of `n` images `q` views each; `n` should be
+            above `D`.
+        delta: Positive float.
+        epsilon: Positive float.
+
+    Returns:
+        Float from 1 to about `min(n - 1, D)`.
+
+    Raises:
+        ValueError: If there are fewer than two images or views, or features are not finite.
+
+    Reference:
+        [Thilak et al., 2023](https://arxiv.org/abs/2312.04000), section 4.
+    """
+    features = backend.numpy_of(features)
+    if features.ndim != 3 or min(features.shape[:2]) < 2:
+        raise ValueError(
+            "`features` must have shape (images, views, width), with two images and two views at "
+            f"least. Received: features.shape={features.shape}."
+        )
+    n, q, width = features.shape
+    features = checked_features("features", features.reshape(n * q, width)).astype("float64")
+    features = features.reshape(n, q, width)
+    means = features.mean(axis=1)
+    between = np.cov(means, rowvar=False, bias=True).reshape(width, width)
+    apart = (features - means[:, None]).reshape(n * q, width)
+    within = apart.T @ apart / (n * q) + delta * np.eye(width)
+    half = np.linalg.inv(np.linalg.cholesky(within))  # as good as the root: same eigenvalues
+    values = np.maximum(np.linalg.eigvalsh(half @ between @ half.T), 0.0)
+    p = values / max(values.sum(), epsilon) + epsilon
+    return float(np.exp(-np.sum(p * np.log(p))))
+
+
 def unit_rows(features):
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 

@@ -15,6 +15,7 @@ from keras_dinov3.evaluation import (
     extract_features,
     knn_accuracy,
     knn_predict,
+    lidar,
     rankme,
     resize,
 )
@@ -575,3 +576,32 @@ def test_knn_errors(change, message):
 def test_rankme_errors():
     with pytest.raises(ValueError, match="finite.*1 of 2"):
         rankme([[0.0, 1.0], [np.nan, 1.0]])
+
+
+def test_lidar_is_the_rank_of_a_discriminant_analysis():
+    """Images that differ in `r` directions, views that differ in others: rank `r`."""
+    rng = np.random.default_rng(0)
+    n, q, width, rank = 300, 6, 12, 4
+    means = np.zeros((n, 1, width))
+    means[..., :rank] = rng.choice([-1.0, 1.0], (n, 1, rank))
+    noise = np.zeros((n, q, width))
+    noise[..., rank:] = rng.normal(size=(n, q, width - rank))
+    noise -= noise.mean(axis=1, keepdims=True)
+    rotation, _ = np.linalg.qr(rng.normal(size=(width, width)))
+    assert lidar((means + noise) @ rotation) == pytest.approx(rank, rel=0.02)
+
+    # With W = B = I both are whole; against scikit-learn's discriminant analysis.
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    features = rng.normal(size=(n, q, width)) + means * 0.7
+    classes = np.repeat(np.arange(n), q)
+    analysis = LinearDiscriminantAnalysis(solver="eigen").fit(features.reshape(-1, width), classes)
+    p = analysis.explained_variance_ratio_
+    expected = np.exp(-np.sum(p * np.log(p)))
+    assert lidar(features, delta=1e-9) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (1, 3, 5), (8, 1, 5)])
+def test_lidar_needs_images_and_views(shape):
+    with pytest.raises(ValueError, match="images, views, width.*two images and two views"):
+        lidar(np.ones(shape))
