@@ -30,6 +30,7 @@ from keras_dinov3.backend.kernels import (
 )
 from keras_dinov3.backend.steps import (
     after,
+    bare_optimizer,
     global_norm,
     move_towards,
     optimizer_updates,
@@ -44,6 +45,7 @@ __all__ = [
     "assert_in_graph",
     "assigning",
     "attention",
+    "bare_optimizer",
     "call_in_tf_graph",
     "compilation",
     "compiled",
