@@ -114,7 +114,7 @@ def encode_views(
     parts, extras = parts_of(backbone), extras or NO_EXTRAS
     extras.check_use(training, seed)
     embedded = [embed(backbone, parts, view.images, view.masks, extras) for view in views]
-    shapes = [tuple(x.shape) for x, _, _ in embedded]  # (B, length, D)
+    shapes = [shape_of(x) for x, _, _ in embedded]  # (B, length, D)
     num_prefix = embedded[0][2]
     function, blocks = blocks_of(
         backbone,
@@ -165,7 +165,7 @@ def encode_layers(backbone, images, layers=1, as_grid=False, normalize=True, ext
             f"{count - 1}. Received: layers={layers!r}."
         )
     x, grid_size, num_prefix = embed(backbone, parts, images, None, extras)
-    shape = tuple(x.shape)
+    shape = shape_of(x)
     function, blocks = blocks_of(backbone, parts, [(shape[0], grid_size)], num_prefix, extras)
     x, outputs = to_rows([x]), []
     for weights in blocks[: max(wanted) + 1]:
@@ -289,6 +289,12 @@ def block_function(sizes, num_heads, activation, norm, epsilon):
     return function
 
 
+def shape_of(x):
+    """The shape of tokens, with -1 for a batch of unknown size, which TensorFlow graphs have."""
+    batch_size, *others = x.shape
+    return (-1 if batch_size is None else batch_size, *others)
+
+
 def to_rows(views):
     """A list of `(B, length, D)` as the rows of one matrix."""
     rows = [ops.reshape(x, (-1, x.shape[-1])) for x in views]
@@ -400,14 +406,15 @@ def random_subsets(num_blocks, batch_size, keep, seed):
 
 
 def attention(x, sizes, ropes, weights, num_heads):
-    heads = [(*size, num_heads, x.shape[-1] // num_heads) for size in sizes]
+    width = x.shape[-1]
+    heads = [(*size, num_heads, width // num_heads) for size in sizes]
     projected = (from_rows(dense(x, weights[name]), heads) for name in ("query", "key", "value"))
     outputs = []
-    for query, key, value, rope in zip(*projected, ropes, strict=True):
+    for size, query, key, value, rope in zip(sizes, *projected, ropes, strict=True):
         if rope is not None:
             query, key = apply_rope(query, *rope), apply_rope(key, *rope)
         y = backend.attention(query, key, value)
-        outputs.append(ops.reshape(y, (*y.shape[:2], -1)))
+        outputs.append(ops.reshape(y, (*size, width)))
     return dense(to_rows(outputs), weights["output"])
 
 

@@ -364,6 +364,22 @@ def test_drop_path_drops_whole_images_and_keeps_the_expectation():
     assert np.all((share > 0.25) & (share < 0.9))  # 4/7, each image in turn
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="graphs of TensorFlow")
+def test_batches_of_unknown_size():
+    import tensorflow as tf
+
+    backbone = small_backbone()
+    x = images(3, 16, 24, 3)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 16, 24, 3))])
+    def tokens_of(x):
+        return encode(backbone, x), *encoder.encode_layers(backbone, x, [0])
+
+    tokens, inner = tokens_of(x)
+    close(tokens.cls, numpy(encode(backbone, x).cls), 0, 1e-6)
+    close(inner.patches, numpy(encoder.encode_layers(backbone, x, [0])[0].patches), 0, 1e-6)
+
+
 def test_drop_path_only_in_training():
     backbone = small_backbone()
     x = ops.convert_to_tensor(images(4, 16, 16, 3))
