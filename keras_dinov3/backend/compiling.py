@@ -101,12 +101,8 @@ def fold(function, x, blocks, remat="none"):
     """
     if remat == "full":
         size = segment_size(len(blocks))
-
-        def segment(x, inputs):
-            return fold(function, x, inputs, "blocks")
-
         segments = [blocks[start : start + size] for start in range(0, len(blocks), size)]
-        return fold(segment, x, segments, "blocks")
+        return chain(rematerialized(lambda x, part: fold(function, x, part, "blocks")), x, segments)
     engine = keras.config.backend()
     if engine == "torch" and pieces_are_compiled():
         function = torch_compiled(function)
@@ -116,8 +112,13 @@ def fold(function, x, blocks, remat="none"):
         function = rematerialized(function)
     elif engine == "jax":
         function = products_kept(function)
+    return chain(function, x, blocks)
+
+
+def chain(function, x, blocks):
+    """`fold` without its options."""
     blocks = keras.tree.map_structure(tensor_of, blocks)
-    if engine == "jax" and len(blocks) >= SCANNED_BLOCKS:
+    if keras.config.backend() == "jax" and len(blocks) >= SCANNED_BLOCKS:
         import jax
 
         stacked = jax.tree.map(lambda *values: ops.stack(values), *blocks)
