@@ -95,7 +95,8 @@ def flat_targets(record, first, settings):
     share = min(share for _, share, _ in kinds)
     saw = f"The teacher's targets are flat: their entropy is {100 * share:.2f} % of the largest"
     if temperature < 0.2 * student:  # sharp enough, had the images been apart
-        return saw, f"{koleo_advice(settings)}: the features of all images are alike"
+        spread = f"the deviation of the features is {record['feature_std']:.2g} of 1"
+        return saw, f"{koleo_advice(settings)}: {spread}"
     low, high = 0.4 * student, 0.7 * student
     if temperature <= high + 1e-6:  # float32
         low, high = 0.1 * temperature, 0.5 * temperature

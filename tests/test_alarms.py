@@ -22,6 +22,7 @@ HEALTHY = {
     "patch_target_entropy": 1.8,
     "patch_target_information": 1.2,
     "prototypes_used": 0.8,
+    "feature_std": 0.02,
     "teacher_distance": 0.05,
     "weight_norm": 10.0,
 }
@@ -63,7 +64,7 @@ CASES = [  # kind, what the look shows, what the settings are, what the message 
         "flat_targets",
         FLAT,
         {"teacher_temperature": 0.01, "koleo_weight": 0.0},
-        r"Try `koleo_weight` 0 -> 0\.3: the features",
+        r"Try `koleo_weight` 0 -> 0\.3: the deviation of the features is 0\.02",
     ),
     (
         "flat_targets",
