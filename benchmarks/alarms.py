@@ -4,7 +4,8 @@
 
 A row is a run of `examples/demo_digits.py` with one setting changed. It says which alarms of
 `callbacks.CollapseMonitor` fired, at which step and since when, the numbers of the last look, and
-k-NN before and after. `--json` keeps every look.
+k-NN before and after. `--json` keeps every look. In so short a run KoLeo does most of the work, so
+k-NN may rise although the targets teach nothing: the alarms are about the targets.
 """
 
 import argparse
@@ -26,13 +27,14 @@ RATE = 2e-3
 RUNS = {  # settings of the model, and of its optimizer, that differ from the demo's
     "healthy": {},
     "healthy, softmax centering": {"centering": kd.SoftmaxCentering()},
-    "healthy, no KoLeo": {"koleo_weight": 0.0},
+    "no KoLeo": {"koleo_weight": 0.0},
     "teacher temperature 0.12": {"teacher_temperature": 0.12},
     "momentum 0": {"teacher_ema": kd.callbacks.TeacherEMA(0.0)},
     "no centering": {"centering": kd.SoftmaxCentering(momentum=1.0)},  # it stays where it began: 0
     "learning rate x 100": {"learning_rate": 100 * RATE},
 }
 EXPECTED = {
+    "no KoLeo": "flat_targets",  # nothing else spreads a new backbone's features in so short a run
     "teacher temperature 0.12": "flat_targets",
     "momentum 0": "teacher_is_student",
     "no centering": "one_target",

@@ -92,11 +92,14 @@ def flat_targets(record, first, settings):
     if any(information > NOTHING or share < FLAT for _, share, information in kinds):
         return None
     temperature, student = settings["teacher_temperature"], settings["student_temperature"]
+    share = min(share for _, share, _ in kinds)
+    saw = f"The teacher's targets are flat: their entropy is {100 * share:.2f} % of the largest"
+    if temperature < 0.2 * student:  # sharp enough, had the images been apart
+        spread = f"the deviation of the features is {record['feature_std']:.2g} of 1"
+        return saw, f"{koleo_advice(settings)}: {spread}"
     low, high = 0.4 * student, 0.7 * student
     if temperature <= high + 1e-6:  # float32
         low, high = 0.1 * temperature, 0.5 * temperature
-    share = min(share for _, share, _ in kinds)
-    saw = f"The teacher's targets are flat: their entropy is {100 * share:.2f} % of the largest"
     return saw, (
         f"`teacher_temperature` {temperature:.2g} -> {low:.2g}..{high:.2g} "
         f"(`student_temperature` is {student:.2g})"
@@ -116,9 +119,7 @@ def one_target(record, first, settings):
     saw = f"All {name} get one target: it says {max(information, 0):.4f} nats about its image"
     saw += f", and {100 * record['prototypes_used']:.2g} % of the prototypes are in use"
     if settings["centering"] == "sinkhorn_knopp":
-        weight = settings["koleo_weight"]
-        higher = max(3 * weight, 0.3) if isinstance(weight, numbers.Real) else 0.3
-        return saw, f"`koleo_weight` -> {higher:.2g}, and {rate_advice(settings)}"
+        return saw, f"{koleo_advice(settings)}, and {rate_advice(settings)}"
     momentum = settings["centering"].momentum
     advice = '`centering="sinkhorn_knopp"`'
     if momentum > 0.95:
@@ -173,6 +174,13 @@ def target_kinds(record, settings):
         for name, prefix, count in kinds
         if f"{prefix}target_entropy" in record
     ]
+
+
+def koleo_advice(settings):
+    weight = settings["koleo_weight"]
+    if not isinstance(weight, numbers.Real):  # a schedule
+        return "a higher `koleo_weight`, such as 0.3"
+    return f"`koleo_weight` {weight:.2g} -> {max(3 * weight, 0.3):.2g}"
 
 
 def rate_advice(settings):

@@ -22,6 +22,7 @@ HEALTHY = {
     "patch_target_entropy": 1.8,
     "patch_target_information": 1.2,
     "prototypes_used": 0.8,
+    "feature_std": 0.02,
     "teacher_distance": 0.05,
     "weight_norm": 10.0,
 }
@@ -60,6 +61,18 @@ CASES = [  # kind, what the look shows, what the settings are, what the message 
         r"`teacher_temperature` 0\.05 -> 0\.005\.\.0\.025",
     ),
     (
+        "flat_targets",
+        FLAT,
+        {"teacher_temperature": 0.01, "koleo_weight": 0.0},
+        r"Try `koleo_weight` 0 -> 0\.3: the deviation of the features is 0\.02",
+    ),
+    (
+        "flat_targets",
+        FLAT,
+        {"teacher_temperature": 0.01, "koleo_weight": kd.WarmupCosine(0.1, 10)},
+        r"Try a higher `koleo_weight`, such as 0\.3",
+    ),
+    (
         "one_target",
         ONE,
         {"centering": kd.SoftmaxCentering(momentum=1.0)},
@@ -69,7 +82,7 @@ CASES = [  # kind, what the look shows, what the settings are, what the message 
         "one_target",
         ONE,
         {},
-        r"`koleo_weight` -> 0\.3, and `learning_rate` 0\.001 -> 3e-05\.\.0\.0001",
+        r"`koleo_weight` 0\.1 -> 0\.3, and `learning_rate` 0\.001 -> 3e-05\.\.0\.0001",
     ),
     (
         "one_target",
