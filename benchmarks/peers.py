@@ -28,7 +28,8 @@ Peers:
   losses written in `keras.ops`, and `keras.optimizers.AdamW`, in one compiled function (torch:
   eager, because compiling the whole takes minutes and then again at each step).
   `hub-tensorflow-xla` and `ours-tensorflow-xla` compile with XLA, which is what Keras does when it
-  is not told otherwise; those without `-xla` do not.
+  is not told otherwise. `hub-tensorflow` does not, and `ours-tensorflow` compiles pieces of the
+  step with it, which is our default.
 """
 
 import dataclasses

@@ -37,8 +37,7 @@ PARTS = "crops masks teacher student heads sinkhorn losses forward backward opti
 def make_parts(model, images):
     """The parts, a dict from name to a function that runs one and waits for it."""
     from keras_dinov3 import backend
-    from keras_dinov3.encoder import View, encode, encode_views
-    from keras_dinov3.model import merge
+    from keras_dinov3.encoder import encode, merge
     from keras_dinov3.prototypes import project, project_all
 
     trainable, others = model.trainable_variables, model.non_trainable_variables
@@ -68,18 +67,7 @@ def make_parts(model, images):
         return encode(model.teacher, merge(crops["global_crops"]), extras=model.teacher_extras)
 
     def study(crops, masks):
-        views = [View(merge(crops["global_crops"]), None if masks is None else merge(masks))]
-        if "local_crops" in crops:
-            views.append(View(merge(crops["local_crops"]), is_local=True))
-        return encode_views(
-            model.student,
-            views,
-            training=True,
-            drop_path_rate=model.drop_path_rate,
-            seed=model.seed_generator,
-            extras=model.student_extras,
-            remat=model.remat,
-        )
+        return model.study(crops["global_crops"], crops.get("local_crops"), masks, True)
 
     def heads(teacher, student, slots):
         chunk = model.prototype_chunk_size

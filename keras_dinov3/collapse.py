@@ -11,7 +11,7 @@ from keras_dinov3 import backend
 from keras_dinov3.alarms import Watch, announce
 from keras_dinov3.batches import full_batches, inputs_of, is_arrays
 from keras_dinov3.checks import check_batch
-from keras_dinov3.encoder import encode, grid_of
+from keras_dinov3.encoder import encode, grid_of, merge
 from keras_dinov3.families import patch_size_of
 from keras_dinov3.losses import l2_normalize
 from keras_dinov3.monitors import Monitor, changed, scheduled_values
@@ -258,11 +258,6 @@ def look_at(model, crops):
         distance = backend.global_norm([x - ops.convert_to_tensor(y) for x, y in pairs])
         values["teacher_distance"] = distance / values["weight_norm"]
     return values
-
-
-def merge(x):
-    """Merges the first two axes."""
-    return ops.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
 
 
 def parts_of_loss(targets, losses):

@@ -30,7 +30,7 @@ class Parts(NamedTuple):
     rope_theta: float  # None: no rotary positions
     activation: Any  # of the MLP
     blocks: list  # Keras layers
-    block_weights: Any  # function (layer, dtype) to a dict, see `encoder.block`
+    block_weights: Any  # function (layer, dtype) to a dict, see `block.block`
     norm: Any  # the final norm, a Keras layer, whose epsilon is that of the blocks' norms too
 
 

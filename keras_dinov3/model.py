@@ -9,7 +9,7 @@ from keras_dinov3 import backend
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.checks import check_mask_shape, check_settings, crops_of
-from keras_dinov3.encoder import View, encode, encode_views, grid_of
+from keras_dinov3.encoder import View, encode, encode_views, grid_of, merge
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import check_backbone, copy_of, patch_size_of, settle_positions
 from keras_dinov3.heads import DINOHead
@@ -204,19 +204,8 @@ class DINOv3(ImageModel):
         def by_image(tokens):
             return ops.reshape(tokens.cls, (batch_size, -1, tokens.cls.shape[-1]))
 
-        views = [View(merge(global_crops), None if masks is None else merge(masks))]
-        if local_crops is not None:
-            views.append(View(merge(local_crops), is_local=True))
-        teacher = encode(self.teacher, views[0].images, extras=self.teacher_extras)
-        student, *local = encode_views(
-            self.student,
-            views,
-            training=training,
-            drop_path_rate=self.drop_path_rate,
-            seed=self.seed_generator,
-            extras=self.student_extras,
-            remat=self.remat,
-        )
+        teacher = encode(self.teacher, merge(global_crops), extras=self.teacher_extras)
+        student, *local = self.study(global_crops, local_crops, masks, training)
         class_tokens = [by_image(tokens) for tokens in (student, *local)]
         logits = project_all(self.student_dino_head, class_tokens, chunk)
         outputs = {
@@ -318,6 +307,21 @@ class DINOv3(ImageModel):
             slots = None
         return global_crops, local_crops, masks, slots
 
+    def study(self, global_crops, local_crops, masks, training):
+        """The student's tokens of masked global crops and, if there are any, of local ones."""
+        views = [View(merge(global_crops), None if masks is None else merge(masks))]
+        if local_crops is not None:
+            views.append(View(merge(local_crops), is_local=True))
+        return encode_views(
+            self.student,
+            views,
+            training,
+            self.drop_path_rate,
+            self.seed_generator,
+            self.student_extras,
+            self.remat,
+        )
+
     def make_heads(self, name, backbone):
         """The DINO and the iBOT head of one side."""
         heads = []
@@ -392,8 +396,3 @@ class DINOv3(ImageModel):
 
 
 ARGUMENTS = tuple(inspect.signature(DINOv3.__init__).parameters)[2:-1]  # after self, backbone
-
-
-def merge(x):
-    """Merges the first two axes: crops of images become a plain batch."""
-    return ops.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))

@@ -6,7 +6,7 @@ import pytest
 from golden import Golden, close, numpy, value_and_gradients, variable_gradients
 from keras import ops
 
-from keras_dinov3 import EncoderExtras, backend, encode_layers, encoder, families, rope
+from keras_dinov3 import EncoderExtras, backend, block, encode_layers, encoder, families, rope
 from keras_dinov3.encoder import encode
 
 BACKEND = keras.config.backend()
@@ -236,7 +236,7 @@ def test_layers_by_number():
     close(last.cls, numpy(encode(backbone, x).cls), 0, 0)
     raw = encode_layers(backbone, x, [2], normalize=False)[0]
     norm = backbone.layernorm
-    normed = encoder.normalize(raw.patches, norm.gamma, norm.beta, norm.epsilon)
+    normed = block.normalize(raw.patches, norm.gamma, norm.beta, norm.epsilon)
     close(normed, numpy(last.patches), 1e-6, 0)
     assert np.max(np.abs(numpy(first.cls) - numpy(last.cls))) > 1e-2
     for layers in (0, 4, [3], [-4], [], None, 1.5, True, "a", [0.5], [True]):
@@ -310,58 +310,6 @@ def test_prefix_tokens_are_not_rotated():
     y = numpy(rope.apply_rope(ops.convert_to_tensor(x), *tables))
     np.testing.assert_array_equal(y[:, :5], x[:, :5])
     assert np.max(np.abs(y[:, 5:] - x[:, 5:])) > 0.1
-
-
-def test_golden_drop_path_with_given_subsets():
-    golden = Golden("fb_block_drop_path")
-    h = golden.hyperparameters
-    backbone = keras_hub.models.DINOV3Backbone(
-        patch_size=8,
-        num_layers=1,
-        hidden_dim=h["dim"],
-        num_heads=h["num_heads"],
-        intermediate_dim=h["dim"] * h["ffn_ratio"],
-        layer_norm_eps=h["norm_eps"],
-        image_shape=(16, 16, 3),
-    )
-    layer = backbone.encoder.layers[0]
-    meta.load(meta.block_weights(layer, h["dim"]), golden.arrays, "weights/")
-    weights = families.dinov3_block(layer, "float32")
-    crops = [golden[f"in/{index}"] for index in (0, 1)]
-    subsets = []
-    for index, x in enumerate(crops):
-        keep = max(int(len(x) * (1 - h["drop_path"])), 1)
-        subset = np.stack([golden[f"in/perm{p}"][:keep] for p in (index, index + 2)])
-        subsets.append(ops.convert_to_tensor(subset, dtype="int32"))
-    y = encoder.block(
-        encoder.to_rows([ops.convert_to_tensor(x) for x in crops]),
-        weights,
-        [x.shape[:2] for x in crops],
-        h["num_heads"],
-        ropes=[None, None],
-        subsets=subsets,
-        epsilon=h["norm_eps"],
-    )
-    for index, part in enumerate(encoder.from_rows(y, [x.shape for x in crops])):
-        golden.check(part, f"out/{index}")
-
-
-def test_drop_path_drops_whole_images_and_keeps_the_expectation():
-    x = encoder.to_rows([ops.ones((7, 3, 5)), ops.ones((2, 4, 5))])
-    seed = keras.random.SeedGenerator(3)
-    drawn = []
-    for _ in range(40):
-        subsets = [encoder.random_subsets(1, 7, 4, seed)[0, 1], None]
-        y = encoder.add_residual(x, lambda x, _: x, ops.ones((5,)), ((7, 3), (2, 4)), subsets)
-        y, others = (numpy(part) for part in encoder.from_rows(y, [(7, 3, 5), (2, 4, 5)]))
-        np.testing.assert_array_equal(others, 2.0)
-        kept = np.unique(y.reshape(7, -1), axis=1)
-        assert kept.shape == (7, 1)  # an image is dropped as a whole
-        np.testing.assert_allclose(np.unique(y), [1.0, 1.0 + 7 / 4], rtol=1e-6)
-        assert np.sum(y) == pytest.approx(2 * 7 * 15, rel=1e-6)
-        drawn.append(kept[:, 0] > 1)
-    share = np.mean(drawn, axis=0)
-    assert np.all((share > 0.25) & (share < 0.9))  # 4/7, each image in turn
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="graphs of TensorFlow")
@@ -586,6 +534,42 @@ def test_a_single_period_is_the_smallest():
 @pytest.mark.parametrize(("ratio", "multiple", "width"), [(3, 8, 128), (4, 8, 176), (4, 64, 192)])
 def test_swiglu_width(ratio, multiple, width):
     assert families.swiglu_width(64, ratio, multiple) == width
+
+
+def test_views_together_equal_one_after_the_other():
+    """Masks, drawn images and rotations, and a norm of its own for local class tokens."""
+    backbone = small_backbone(num_layers=4, hidden_dim=24, num_heads=2, intermediate_dim=40)
+    extras = EncoderExtras(rope_shift=0.5, untie_cls_norm=True, untie_local_cls_norm=True)
+    extras.build_for(backbone)
+    for index, weight in enumerate(extras.trainable_weights):
+        weight.assign(weight + 0.1 * (index + 1))
+    masks = ops.convert_to_tensor(np.random.default_rng(1).random((5, 6)) < 0.4)
+    views = [
+        encoder.View(ops.convert_to_tensor(images(5, 16, 24, 3)), masks),
+        encoder.View(ops.convert_to_tensor(images(7, 8, 16, 3)), is_local=True),
+    ]
+
+    def total(tokens):
+        return sum(ops.sum(ops.square(x.patches)) + ops.sum(x.cls[:, 0]) for x in tokens)
+
+    seeds = [keras.random.SeedGenerator(4) for _ in range(2)]
+
+    def together():
+        return total(encoder.encode_views(backbone, views, True, 0.4, seeds[0], extras))
+
+    def in_turn():
+        return total(
+            encode(backbone, view.images, view.masks, True, 0.4, seeds[1], extras, view.is_local)
+            for view in views
+        )
+
+    weights = [*backbone.trainable_variables, *extras.trainable_variables]
+    expected, gradients = variable_gradients(in_turn, weights)
+    actual, again = variable_gradients(together, weights)
+    close(actual, numpy(expected), 1e-5, 1e-5)
+    for variable, a, b in zip(weights, again, gradients, strict=True):
+        assert np.max(np.abs(b)) > 0, variable.path
+        close(a, numpy(b), 1e-5 * np.max(np.abs(b)), 1e-4)
 
 
 def test_recomputing_keeps_outputs_and_gradients():

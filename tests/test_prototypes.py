@@ -16,6 +16,7 @@ from keras_dinov3.prototypes import (
     dino_losses,
     ibot_losses,
     project,
+    project_all,
 )
 from keras_dinov3.targets import SoftmaxCentering, sinkhorn_knopp
 
@@ -407,6 +408,22 @@ def test_padded_slots_change_no_loss_of_the_model():
         total, terms = model.loss_and_terms(model(tensors))
         losses.append([numpy(ops.stop_gradient(x)) for x in (total, *terms.values())])
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_crops_through_the_head_together(chunk_size):
+    head = kd.DINOHead(12, hidden_dim=16, bottleneck_dim=8)
+    rng = np.random.default_rng(0)
+    groups = [ops.convert_to_tensor(rng.random((5, n, 10)), "float32") for n in (2, 3, 1)]
+    head(groups[0])
+    for count in (1, 3):
+        found = project_all(head, groups[:count], chunk_size)
+        assert len(found) == count
+        for logits, tokens in zip(found, groups, strict=False):
+            expected = project(head, tokens, chunk_size)
+            pairs = zip(keras.tree.flatten(logits), keras.tree.flatten(expected), strict=True)
+            for actual, array in pairs:
+                np.testing.assert_allclose(numpy(actual), numpy(array), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", SoftmaxCentering(0.5)])
