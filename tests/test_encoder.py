@@ -324,8 +324,8 @@ def test_batches_of_unknown_size():
         return encode(backbone, x), *encoder.encode_layers(backbone, x, [0])
 
     tokens, inner = tokens_of(x)
-    close(tokens.cls, numpy(encode(backbone, x).cls), 0, 1e-6)
-    close(inner.patches, numpy(encoder.encode_layers(backbone, x, [0])[0].patches), 0, 1e-6)
+    close(tokens.cls, numpy(encode(backbone, x).cls), 1e-5, 1e-5)
+    close(inner.patches, numpy(encoder.encode_layers(backbone, x, [0])[0].patches), 1e-5, 1e-5)
 
 
 def test_drop_path_only_in_training():
