@@ -3,11 +3,12 @@
 import argparse
 import json
 import pathlib
+import shlex
 import sys
 
 import keras_hub
 
-from keras_dinov3 import convert
+from keras_dinov3 import convert, pretrain, recipes
 
 KINDS = ("meta", "huggingface", "keras")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
@@ -24,6 +25,7 @@ def main(argv=None):
         Exit code: 0, or 2 with one message on stderr.
     """
     arguments = parser().parse_args(argv)
+    arguments.line = sys.argv[1:] if argv is None else argv
     try:
         arguments.run(arguments)
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -87,6 +89,7 @@ def parser():
         help="side of a training checkpoint of meta; default: %(default)s",
     )
     command.set_defaults(run=run_convert)
+    add_pretrain(commands)
     return main_parser
 
 
@@ -177,6 +180,84 @@ def write_backbone(backbone, target, kind):
         backbone.save_to_preset(str(target))
     else:
         convert.write_weights(convert.backbone_to_meta(backbone), target)
+
+
+def add_pretrain(commands):
+    command = commands.add_parser(
+        "pretrain",
+        help="train on a folder of images without labels",
+        description="Trains on a folder of images, or a tar file of them. If all lie in several "
+        "subfolders, these are taken for classes, and k-NN says during the run how good the "
+        "features are; training does not see them.",
+    )
+    add = command.add_argument
+    add("--images", help="folder or tar file of images; needed unless it is a --resume")
+    add("--output", help="folder for the run; needed unless it is a --dry-run")
+    add("--test", help="folder or tar file with the same subfolders, for k-NN")
+    add(
+        "--recipe",
+        help=f"{', '.join(recipes.RECIPES)}, or the path of a JSON file that holds one, such as a "
+        "run's settings.json. Default: tiny",
+    )
+    add("--batch-size", type=int, help="images in one update. Default: 64")
+    add("--epochs", type=int, help="default: 100")
+    add("--image-size", type=int, nargs="+", metavar="PIXELS", help="one side, or height and width")
+    add("--dtype", help="of the computation: float32, mixed_bfloat16. Default: the recipe's")
+    add("--seed", type=int, help="default: 0")
+    add("--resume", action="store_true", help="go on with the run in --output")
+    add("--dry-run", action="store_true", help="print the settings and why, and train nothing")
+    add("--json", action="store_true", help="print them as JSON, to be edited, for --recipe")
+    command.set_defaults(run=run_pretrain)
+
+
+def run_pretrain(arguments):
+    line = " ".join(["keras-dinov3", *map(shlex.quote, arguments.line)])
+    if arguments.resume:
+        if arguments.output is None:
+            raise ValueError("`--resume` needs `--output`, the folder of the run.")
+        fixed = ("recipe", "batch_size", "epochs", "image_size", "dtype", "seed", "dry_run")
+        given = [f"--{n.replace('_', '-')}" for n in fixed if getattr(arguments, n)]
+        if given:
+            raise ValueError(f"A resumed run keeps its settings. Received: {', '.join(given)}.")
+        found = pretrain.resume(arguments.output, arguments.images, arguments.test)
+    else:
+        if arguments.images is None:
+            raise ValueError("`--images` is needed: a folder or tar file of images.")
+        recipe = recipes.get(arguments.recipe or "tiny")
+        if arguments.dtype:
+            recipe = recipe.changed(backbone={"dtype": arguments.dtype})
+        size = arguments.image_size
+        recipe = pretrain.plan_run(
+            pretrain.Source(arguments.images),
+            recipe,
+            arguments.batch_size,
+            arguments.epochs,
+            size[0] if size and len(size) == 1 else size,
+        )
+        if arguments.json or arguments.dry_run:
+            print(json.dumps(recipe.get_config(), indent=2) if arguments.json else recipe)
+            return
+        if arguments.output is None:
+            raise ValueError("`--output` is needed: a folder for the run that does not exist yet.")
+        print(recipe, flush=True)
+        found = pretrain.pretrain(
+            arguments.images,
+            arguments.output,
+            recipe,
+            arguments.test,
+            arguments.seed or 0,
+            command=line,
+        )
+    print_results(found, arguments.output)
+
+
+def print_results(found, output):
+    print(f"{found['images']} images, {found['unreadable']} unreadable files skipped.")
+    if "knn" in found:
+        print(f"k-NN of raw pixels: {found['raw_pixels']:.1%}")
+        for epoch, accuracy in dict([found["knn"][0], found["knn"][-1]]).items():
+            print(f"k-NN after {epoch} epochs: {accuracy:.1%}")
+    print(f"The trained backbone is in {output}/backbone; the rest of the run beside it.")
 
 
 if __name__ == "__main__":

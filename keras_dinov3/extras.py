@@ -113,7 +113,7 @@ class EncoderExtras(keras.layers.Layer):
                 "`num_register_tokens` of `EncoderExtras` is for backbones without registers. "
                 f"Received: {self.num_register_tokens}, and a backbone that has "
                 f"{parts.register_tokens.shape[1]} of its own. Give `num_register_tokens=0`, "
-                "also to `recipes.seed_method`."
+                'in a recipe by `recipe.changed(extras={"num_register_tokens": 0})`.'
             )
         if self.num_register_tokens:
             shape = (1, self.num_register_tokens, width)

@@ -1,63 +1,370 @@
-"""Named methods: the arguments of `DINOv3` that make it one."""
+"""Named recipes: all settings of a training as plain data, filled in from the size of the problem.
 
+```python
+recipe = kd.recipes.get("tiny").suggest(num_images=20_000, batch_size=128, epochs=60, image_size=32)
+print(recipe)  # every setting, and why it has its value
+model = recipe.build(seed=0)  # a compiled `DINOv3`
+model.fit(images, batch_size=128, epochs=60)
+```
+"""
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import json
+
+import keras
+import keras_hub
+
+from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.extras import EncoderExtras
+from keras_dinov3.image_model import spread
 from keras_dinov3.masking import BlockMasking, RandomMasking
+from keras_dinov3.model import DINOv3
+from keras_dinov3.optimizers import AdamW
 from keras_dinov3.schedules import WarmupCosine
+from keras_dinov3.suggestions import check_plan, suggestions
+
+MASKINGS = {"block": BlockMasking, "random": RandomMasking}
+# Where each section's settings go; of a schedule the length in updates is the run's.
+SECTIONS = {
+    "backbone": None,
+    "augmentation": MultiCrop,
+    "masking": None,
+    "model": DINOv3,
+    "extras": EncoderExtras,
+    "teacher": TeacherEMA,
+    "optimizer": AdamW,
+}
 
 
-def dinov3(total_steps, seed=None):
-    """The method of DINOv3's first phase. Its crops are `MultiCrop`'s defaults.
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All settings of a training, as numbers, texts and lists only, so that JSON can hold them.
 
-    Args:
-        total_steps: Int. Optimizer updates of the whole training.
-        seed: Int for the masks.
-
-    Returns:
-        Dict of arguments of `DINOv3`.
-
-    Reference:
-        [Siméoni et al., 2025](https://arxiv.org/abs/2508.10104), section 3.
-    """
-    return {
-        "student_temperature": 0.1,
-        "teacher_temperature": 0.07,
-        "koleo_weight": 0.1,
-        "masking": BlockMasking(seed=seed),
-        "teacher_ema": TeacherEMA(WarmupCosine(0.992, total_steps, end=1.0)),
-    }
-
-
-def seed_method(total_steps, num_register_tokens=4, seed=None):
-    """The "seed" method: a DINOv2 with registers and KoLeo, on any Vision Transformer.
-
-    What it does otherwise than DINOv3: random masks in every global crop; a plain mean over all
-    masked patches; KoLeo on the first global crop alone, by cosine; a teacher whose momentum is
-    `1 - 0.004 * (1 + cos(pi * step / total_steps)) / 2`, from 0.996 to 1 after the last step.
-    The DINO terms share their weight by their number of pairs, as here always.
+    A setting that follows a schedule is a dict of the arguments of `WarmupCosine`, but for those
+    that count updates: `warmup` is the share of the run that it takes, from 0 to 1, and the total
+    is the run's.
 
     Args:
-        total_steps: Int. Optimizer updates of the whole training.
-        num_register_tokens: Int. Registers for a backbone without any: a `ViTBackbone`, or one
-            built with none. Give 0 for a backbone with registers of its own.
-        seed: Int for the masks.
+        name: Text.
+        summary: Text, one sentence: what it is for.
+        settings: Dict from sections to their settings. `"backbone"`: `"class"`, the name of a
+            backbone in `keras_hub.models`, and its arguments, or `"preset"`. `"masking"`:
+            `"kind"`, `"block"` or `"random"`, and the layer's arguments. Arguments of the same
+            name: `"augmentation"` of `MultiCrop`, `"model"` of `DINOv3`, `"extras"` of
+            `EncoderExtras`, `"teacher"` of `callbacks.TeacherEMA`, `"optimizer"` of `AdamW`.
+        plan: Dict with `num_images`, `batch_size`, `epochs` and `image_size`, or `None` before
+            `suggest`.
+        reasons: Dict from `"section.setting"` to a sentence: why `suggest` chose this value.
+
+    Raises:
+        ValueError: If there is no such section or setting.
+    """
+
+    name: str
+    summary: str
+    settings: dict
+    plan: dict | None = None
+    reasons: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for section, settings in self.settings.items():
+            check_name("section", section, SECTIONS)
+            if SECTIONS[section] is not None:
+                known = inspect.signature(SECTIONS[section].__init__).parameters
+                for setting in settings:
+                    check_name(f"setting of `{section}`", setting, set(known) - {"self", "kwargs"})
+
+    def suggest(self, num_images, batch_size=64, epochs=100, image_size=224):
+        """This recipe with what depends on the size of the problem filled in.
+
+        Args:
+            num_images: Int. Training images.
+            batch_size: Int, at least 2. Images in one update.
+            epochs: Int, at least 1.
+            image_size: Int or `(height, width)` in pixels, to which images are scaled and cropped
+                before they are cut into crops.
+
+        Returns:
+            `Recipe` with a `plan`, and a reason for each value that was chosen. What the recipe
+            says itself stays.
+
+        Raises:
+            ValueError: If the run has no update, or no patch size fits the images.
+        """
+        plan = check_plan(num_images, batch_size, epochs, image_size)
+        settings, reasons = copy.deepcopy(self.settings), dict(self.reasons)
+        for name, (value, reason) in suggestions(self.settings, plan).items():
+            section, setting = name.split(".")
+            if setting not in settings.setdefault(section, {}):
+                settings[section][setting] = value
+                reasons[name] = reason
+        return dataclasses.replace(self, settings=settings, plan=plan, reasons=reasons)
+
+    def changed(self, **sections):
+        """This recipe with other settings: `recipe.changed(model={"koleo_weight": 0.3})`.
+
+        Args:
+            **sections: Dicts of settings by section; the others stay.
+
+        Returns:
+            `Recipe`; what was changed has no reason any more.
+        """
+        settings = copy.deepcopy(self.settings)
+        for section, new in sections.items():
+            settings[section] = {**settings.get(section, {}), **new}
+        gone = {f"{section}.{setting}" for section, new in sections.items() for setting in new}
+        reasons = {name: why for name, why in self.reasons.items() if name not in gone}
+        return dataclasses.replace(self, settings=settings, reasons=reasons)
+
+    @property
+    def total_steps(self):
+        """Updates of the whole run."""
+        if self.plan is None:
+            raise ValueError(
+                f"The recipe {self.name!r} does not know how long the run is. Call "
+                "`recipe.suggest(num_images=..., batch_size=..., epochs=..., image_size=...)`."
+            )
+        return self.plan["epochs"] * (self.plan["num_images"] // self.plan["batch_size"])
+
+    def arguments(self, total_steps, seed=None):
+        """The method alone: arguments of `DINOv3` but for the backbone and the augmentation.
+
+        Args:
+            total_steps: Int. Updates of the whole run.
+            seed: Int for masks and drop path, or `None`.
+
+        Returns:
+            Dict of arguments of `DINOv3`.
+        """
+        parts = {
+            section: {name: scheduled(value, total_steps) for name, value in settings.items()}
+            for section, settings in self.settings.items()
+        }
+        arguments = dict(parts.get("model", {}))
+        if "masking" in parts:
+            layer = MASKINGS[parts["masking"].pop("kind", "block")]
+            arguments["masking"] = layer(**parts["masking"], seed=spread(seed, 1))
+        if "extras" in parts:
+            arguments["extras"] = EncoderExtras(**parts["extras"])
+        if "teacher" in parts:
+            arguments["teacher_ema"] = TeacherEMA(**parts["teacher"])
+        return arguments
+
+    def build_backbone(self):
+        """The Keras Hub backbone, new or from its preset, for images of the plan's size."""
+        settings = dict(self.settings["backbone"])
+        if self.plan is not None:
+            settings["image_shape"] = (*self.plan["image_size"], 3)
+        if "preset" in settings:
+            return keras_hub.models.Backbone.from_preset(settings.pop("preset"), **settings)
+        return getattr(keras_hub.models, settings.pop("class"))(**settings)
+
+    def build(self, seed=None):
+        """The model, compiled, ready for `fit`.
+
+        Args:
+            seed: Int. Seeds everything that is drawn: weights, crops, masks. `None`: at random.
+
+        Returns:
+            Compiled `DINOv3`.
+
+        Raises:
+            ValueError: If `suggest` has not been called.
+        """
+        total_steps = self.total_steps
+        if seed is not None:
+            keras.utils.set_random_seed(seed)
+        augmentation = MultiCrop(**self.settings.get("augmentation", {}), seed=spread(seed, 0))
+        arguments = self.arguments(total_steps, seed)
+        model = DINOv3(self.build_backbone(), augmentation=augmentation, seed=seed, **arguments)
+        settings = {
+            name: scheduled(value, total_steps)
+            for name, value in self.settings.get("optimizer", {}).items()
+        }
+        model.compile(AdamW(**settings))
+        return model
+
+    def __str__(self):
+        lines = [f"{self.name}: {self.summary}"]
+        if self.plan is not None:
+            plan = {**self.plan, "updates": self.total_steps}
+            lines += ["", *(f"{name:24} {value}" for name, value in plan.items())]
+        for section, settings in self.settings.items():
+            lines += ["", f"[{section}]"]
+            for name, value in settings.items():
+                reason = self.reasons.get(f"{section}.{name}")
+                line = f"{name:24} {json.dumps(value)}"
+                lines.append(f"{line:44} {reason}" if reason else line)
+        return "\n".join(lines)
+
+    def get_config(self):
+        """All of it as a dict that JSON can hold; `Recipe.from_config` takes it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config):
+        """The recipe of a `get_config`.
+
+        Raises:
+            ValueError: If something in it is unknown or missing.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for name in config:
+            check_name("entry of a recipe", name, fields)
+        missing = {"name", "summary", "settings"} - set(config)
+        if missing:
+            raise ValueError(f"A recipe needs `name`, `summary`, `settings`. Missing: {missing}.")
+        return cls(**config)
+
+
+def check_name(what, name, known):
+    if name not in known:
+        near = difflib.get_close_matches(str(name), sorted(known), 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(sorted(known))}."
+        raise ValueError(f"There is no {what} of this name. Received: {name!r}. {hint}")
+
+
+def scheduled(value, total_steps):
+    """A setting as an object: a dict becomes a `WarmupCosine` over the whole run."""
+    if not isinstance(value, dict):
+        return value
+    value = dict(value)
+    warmup_steps = round(value.pop("warmup", 0.0) * total_steps)
+    return WarmupCosine(value.pop("peak"), total_steps, warmup_steps=warmup_steps, **value)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "tiny",
+            "a small new backbone for small images, trained from nothing on a CPU in an hour",
+            {
+                "backbone": {
+                    "class": "DINOV3Backbone",
+                    "num_layers": 6,
+                    "hidden_dim": 128,
+                    "num_heads": 2,
+                    "intermediate_dim": 512,
+                    "num_register_tokens": 1,
+                },
+                "augmentation": {
+                    "num_local_crops": 4,
+                    "global_crop_scale": [0.4, 1.0],
+                    "local_crop_scale": [0.1, 0.4],
+                },
+                "masking": {"kind": "block"},
+                "model": {
+                    "ibot_weight": 0.1,
+                    "head_hidden_dim": 256,
+                    "head_bottleneck_dim": 64,
+                },
+                "optimizer": {"weight_decay": 0.04, "part_clipnorm": 3.0},
+            },
+        ),
+        Recipe(
+            "small",
+            "a new ViT-S, trained from nothing on one GPU",
+            {
+                "backbone": {
+                    "class": "DINOV3Backbone",
+                    "num_layers": 12,
+                    "hidden_dim": 384,
+                    "num_heads": 6,
+                    "intermediate_dim": 1536,
+                    "num_register_tokens": 4,
+                },
+                "augmentation": {"num_local_crops": 8},
+                "masking": {"kind": "block"},
+                "model": {"drop_path_rate": 0.1},
+                "optimizer": {"weight_decay": 0.04, "part_clipnorm": 3.0},
+            },
+        ),
+        Recipe(
+            "dinov3",
+            "the first phase of DINOv3 as published, for a ViT-L and millions of images",
+            {
+                "backbone": {
+                    "class": "DINOV3Backbone",
+                    "patch_size": 16,
+                    "num_layers": 24,
+                    "hidden_dim": 1024,
+                    "num_heads": 16,
+                    "intermediate_dim": 4096,
+                    "num_register_tokens": 4,
+                    "layer_scale_init_value": 1e-5,
+                },
+                "augmentation": {"num_local_crops": 8},
+                "masking": {"kind": "block"},
+                "model": {
+                    "num_prototypes": 65536,
+                    "student_temperature": 0.1,
+                    "teacher_temperature": 0.07,
+                    "koleo_weight": 0.1,
+                    "drop_path_rate": 0.3,
+                },
+                "teacher": {"momentum": {"peak": 0.992, "end": 1.0}},
+                "optimizer": {
+                    "weight_decay": {"peak": 0.04, "end": 0.2},
+                    "layerwise_decay": 0.9,
+                    "patch_embed_multiplier": 0.2,
+                    "part_clipnorm": 3.0,
+                },
+            },
+        ),
+        Recipe(
+            "seed_method",
+            'the "seed" method, a DINOv2 with registers and KoLeo, on a ViT-S',
+            {
+                "backbone": {
+                    "class": "ViTBackbone",
+                    "num_layers": 12,
+                    "hidden_dim": 384,
+                    "num_heads": 6,
+                    "mlp_dim": 1536,
+                },
+                "augmentation": {"num_local_crops": 8},
+                "masking": {"kind": "random", "mask_ratio": 0.3},
+                "model": {
+                    "student_temperature": 0.1,
+                    "teacher_temperature": 0.07,
+                    "koleo_weight": 0.1,
+                    "koleo_crops": 1,
+                    "koleo_distance": "cosine",
+                    "ibot_average": "patches",
+                },
+                "extras": {"num_register_tokens": 4},
+                "teacher": {"momentum": {"peak": 0.996, "end": 1.0, "cosine_reaches_end": False}},
+                "optimizer": {"weight_decay": 0.04, "part_clipnorm": 3.0},
+            },
+        ),
+    )
+}
+
+
+def get(name):
+    """A recipe by its name, or from a JSON file that holds one.
+
+    Args:
+        name: A key of `RECIPES`, or the path of a file whose name ends in `.json`: a recipe's
+            `get_config()`, or a run's settings.json, which has it under `"recipe"`.
 
     Returns:
-        Dict of arguments of `DINOv3`.
+        `Recipe`.
 
-    Reference:
-        [Oquab et al., 2023](https://arxiv.org/abs/2304.07193);
-        [Darcet et al., 2023](https://arxiv.org/abs/2309.16588).
+    Raises:
+        ValueError: If there is no such recipe, or the file holds none.
     """
-    momentum = WarmupCosine(0.996, total_steps, end=1.0, cosine_reaches_end=False)
-    return {
-        "student_temperature": 0.1,
-        "teacher_temperature": 0.07,
-        "koleo_weight": 0.1,
-        "koleo_crops": 1,
-        "koleo_distance": "cosine",
-        "ibot_average": "patches",
-        "masking": RandomMasking(0.3, seed=seed),
-        "extras": EncoderExtras(num_register_tokens=num_register_tokens),
-        "teacher_ema": TeacherEMA(momentum),
-    }
+    if not str(name).endswith(".json"):
+        check_name("recipe", name, RECIPES)
+        return RECIPES[name]
+    try:
+        with open(name, encoding="utf-8") as file:
+            config = json.load(file)
+        return Recipe.from_config(config.get("recipe", config))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} holds no recipe: {error}") from error

@@ -1,3 +1,5 @@
+import json
+
 import keras
 import keras_hub
 import meta
@@ -13,6 +15,13 @@ from keras_dinov3 import encoder, families, recipes
 VARIANTS = ("local16", "local32", "nolocal")
 
 
+def seed_method(total_steps, num_register_tokens=4, seed=None):
+    recipe = recipes.get("seed_method")
+    if num_register_tokens != 4:
+        recipe = recipe.changed(extras={"num_register_tokens": num_register_tokens})
+    return recipe.arguments(total_steps, seed)
+
+
 def seed_model(golden):
     h = golden.hyperparameters
     backbone = keras_hub.models.ViTBackbone(
@@ -23,7 +32,7 @@ def seed_model(golden):
         hidden_dim=h["dim"],
         mlp_dim=4 * h["dim"],
     )
-    settings = recipes.seed_method(total_steps=10, num_register_tokens=h["regs"])
+    settings = seed_method(total_steps=10, num_register_tokens=h["regs"])
     assert settings["masking"].mask_ratio == h["mask_ratio"]
     model = kd.DINOv3(
         backbone,
@@ -113,13 +122,13 @@ def test_golden_seed_method(variant):
 def test_golden_seed_momentum():
     golden = Golden("seed_ema")
     total = golden.hyperparameters["total_epochs"]
-    momentum = recipes.seed_method(total)["teacher_ema"].momentum
+    momentum = seed_method(total)["teacher_ema"].momentum
     coefficients = [float(momentum(step)) for step in range(total + 1)]
     golden.check(np.array(coefficients, "float32"), "coefficients")
 
 
 def test_seed_method_has_the_registers_of_the_golden():
-    settings = recipes.seed_method(total_steps=10)
+    settings = seed_method(total_steps=10)
     expected = Golden("seed_method_forward").hyperparameters["regs"]
     assert settings["extras"].num_register_tokens == expected == 4
     model = tiny.model(backbone=tiny.backbone(num_register_tokens=0), **settings)
@@ -127,7 +136,7 @@ def test_seed_method_has_the_registers_of_the_golden():
     own = tiny.backbone(num_register_tokens=3)
     with pytest.raises(ValueError, match="has 3 of its own. Give `num_register_tokens=0`"):
         tiny.model(backbone=own, **settings)
-    tiny.model(backbone=own, **recipes.seed_method(total_steps=10, num_register_tokens=0))
+    tiny.model(backbone=own, **seed_method(total_steps=10, num_register_tokens=0))
 
 
 def test_golden_seed_positions_on_a_small_grid():
@@ -142,7 +151,7 @@ def test_seed_method_trains_a_vit_and_saves_it(tmp_path):
     backbone = keras_hub.models.ViTBackbone(
         image_shape=(32, 24, 3), patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=48
     )
-    settings = recipes.seed_method(total_steps=10, num_register_tokens=3, seed=1)
+    settings = seed_method(total_steps=10, num_register_tokens=3, seed=1)
     model = tiny.model(backbone=backbone, **settings)
     before = [w.copy() for w in map(numpy, model.teacher_extras.weights)]
     logs = model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0).history
@@ -195,9 +204,113 @@ def test_dinov2_trains_and_exports(tmp_path):
 
 
 def test_dinov3_recipe_is_the_default():
-    settings = recipes.dinov3(total_steps=10)
+    settings = recipes.get("dinov3").arguments(total_steps=10)
     model = tiny.model()
     for name in ("student_temperature", "teacher_temperature", "koleo_weight"):
         assert getattr(model, name) == settings[name]
     momentum = settings["teacher_ema"].momentum
     assert [float(momentum(step)) for step in (0, 9)] == pytest.approx([0.992, 1.0])
+
+
+# What a recipe holds
+
+
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+def test_every_recipe_is_json_and_comes_back(name):
+    recipe = recipes.get(name).suggest(5000, batch_size=50, epochs=3, image_size=64)
+    config = json.loads(json.dumps(recipe.get_config()))
+    assert recipes.Recipe.from_config(config) == recipe
+    assert recipe.total_steps == 300
+    for setting, reason in recipe.reasons.items():
+        assert len(reason) > 10, setting
+    text = str(recipe)
+    for section, settings in recipe.settings.items():
+        assert f"[{section}]" in text
+        assert all(setting in text for setting in settings)
+    assert all(reason in text for reason in recipe.reasons.values())
+
+
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+def test_every_recipe_trains(name):
+    """Its own layers, but narrow and few, on images of its own size."""
+    recipe = recipes.get(name).suggest(8, batch_size=4, epochs=1, image_size=32)
+    narrow = {"num_layers": 1, "hidden_dim": 16, "num_heads": 2}
+    mlp = "mlp_dim" if "mlp_dim" in recipe.settings["backbone"] else "intermediate_dim"
+    recipe = recipe.changed(
+        backbone={**narrow, mlp: 24, "patch_size": 8},
+        augmentation={"global_crop_size": 24, "local_crop_size": 8, "num_local_crops": 1},
+        model={"num_prototypes": 16, "head_hidden_dim": 12, "head_bottleneck_dim": 6},
+    )
+    model = recipe.build(seed=1)
+    logs = model.fit(tiny.images(8, 32, 32), batch_size=4, verbose=0).history
+    assert np.isfinite(logs["loss"][0]) and int(model.step) == recipe.total_steps == 2
+
+
+def test_a_recipe_builds_what_it_says():
+    recipe = recipes.get("tiny").suggest(3200, batch_size=32, epochs=4, image_size=(32, 48))
+    recipe = recipe.changed(backbone={"num_layers": 1}, model={"koleo_weight": 0.25})
+    model = recipe.build(seed=3)
+    assert recipe.total_steps == 400
+    assert tuple(model.student.image_shape) == (32, 48, 3)
+    assert (model.student.patch_size, model.student.num_layers) == (4, 1)
+    augmentation = recipe.settings["augmentation"]
+    assert model.augmentation.global_crop_size == augmentation["global_crop_size"] == 24
+    assert model.augmentation.local_crop_size == augmentation["local_crop_size"] == 12
+    assert model.num_prototypes == 64 and model.koleo_weight == 0.25
+    assert "model.koleo_weight" not in recipe.reasons
+    assert "model.num_prototypes" in recipe.reasons
+    rate, momentum = recipe.settings["optimizer"]["learning_rate"], model.teacher_ema.momentum
+    schedule = model.optimizer._learning_rate
+    assert float(schedule(40)) == pytest.approx(rate["peak"])  # after a tenth of the run
+    assert float(schedule(399)) == pytest.approx(rate["end"])
+    assert float(momentum(0)) == pytest.approx(recipe.settings["teacher"]["momentum"]["peak"])
+    assert float(momentum(399)) == 1.0
+
+
+def test_one_seed_gives_one_model():
+    recipe = recipes.get("tiny").suggest(64, batch_size=8, epochs=1, image_size=32)
+    recipe = recipe.changed(backbone={"num_layers": 1, "hidden_dim": 16, "intermediate_dim": 16})
+    one, same, other = (recipe.build(seed=seed).student.get_weights() for seed in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_what_a_recipe_says_itself_is_not_suggested():
+    recipe = recipes.get("tiny").changed(model={"num_prototypes": 77}, backbone={"patch_size": 8})
+    recipe = recipe.suggest(100_000, batch_size=64, epochs=2, image_size=32)
+    assert recipe.settings["model"]["num_prototypes"] == 77
+    assert "model.num_prototypes" not in recipe.reasons
+    assert recipe.settings["augmentation"]["global_crop_size"] == 24  # three patches of 8
+    assert recipes.get("tiny").settings["model"].get("num_prototypes") is None  # left as it was
+
+
+def test_recipes_from_files(tmp_path):
+    recipe = recipes.get("tiny").suggest(640, batch_size=8, epochs=1, image_size=32)
+    for name, content in {"r": recipe.get_config(), "s": {"recipe": recipe.get_config()}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        assert recipes.get(tmp_path / f"{name}.json") == recipe
+    for name, content, message in (
+        ("list", "[1]", "holds no recipe"),
+        ("broken", "{", "holds no recipe"),
+        ("part", json.dumps({"name": "a"}), "Missing: .*settings"),
+        ("odd", json.dumps({**recipe.get_config(), "modle": 1}), "'modle'"),
+    ):
+        (tmp_path / f"{name}.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            recipes.get(str(tmp_path / f"{name}.json"))
+
+
+@pytest.mark.parametrize(
+    "action, message",
+    [
+        (lambda: recipes.get("tny"), "Did you mean 'tiny'"),
+        (lambda: recipes.get("xyz"), "There are: dinov3, seed_method, small, tiny"),
+        (lambda: recipes.get("tiny").changed(modle={}), "Did you mean 'model'"),
+        (lambda: recipes.get("tiny").changed(model={"koleo": 1}), "'koleo'"),
+        (lambda: recipes.get("tiny").total_steps, "Call `recipe.suggest"),
+        (lambda: recipes.get("tiny").build(), "Call `recipe.suggest"),
+    ],
+)
+def test_recipe_errors_teach(action, message):
+    with pytest.raises(ValueError, match=message):
+        action()

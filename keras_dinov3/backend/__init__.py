@@ -17,6 +17,7 @@ from keras_dinov3.backend.host import (
     host_values,
     is_foreign_graph_tensor,
     load_torch_file,
+    name,
     numpy_of,
     save_torch_file,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "load_torch_file",
     "loop",
     "move_towards",
+    "name",
     "numpy_of",
     "optimizer_updates",
     "put",

@@ -7,6 +7,11 @@ import numpy as np
 from keras import ops
 
 
+def name():
+    """Which engine runs: a text for people and files, not for decisions."""
+    return keras.config.backend()
+
+
 def declare_shapes(inputs, shapes):
     """TensorFlow's data pipelines and retraced functions forget sizes; this puts them back."""
     if keras.config.backend() != "tensorflow" or shapes is None:
