@@ -233,6 +233,7 @@ def run_pretrain(arguments):
             arguments.batch_size,
             arguments.epochs,
             size[0] if size and len(size) == 1 else size,
+            arguments.test is not None,
         )
         if arguments.json or arguments.dry_run:
             print(json.dumps(recipe.get_config(), indent=2) if arguments.json else recipe)
@@ -255,7 +256,7 @@ def print_results(found, output):
     print(f"{found['images']} images, {found['unreadable']} unreadable files skipped.")
     if "knn" in found:
         print(f"k-NN of raw pixels: {found['raw_pixels']:.1%}")
-        for epoch, accuracy in dict([found["knn"][0], found["knn"][-1]]).items():
+        for epoch, accuracy in dict(found["knn"][:1] + found["knn"][-1:]).items():
             print(f"k-NN after {epoch} epochs: {accuracy:.1%}")
     print(f"The trained backbone is in {output}/backbone; the rest of the run beside it.")
 

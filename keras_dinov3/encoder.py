@@ -159,17 +159,7 @@ def encode_layers(backbone, images, layers=1, as_grid=False, normalize=True, ext
     """
     parts, extras = parts_of(backbone), extras or NO_EXTRAS
     extras.check_use(False, None)
-    count = len(parts.blocks)
-    is_list = isinstance(layers, (list, tuple, range)) and len(layers)
-    if is_count(layers, at_least=1) and layers <= count:
-        wanted = range(count - layers, count)
-    elif is_list and all(is_count(layer, -count) and layer < count for layer in layers):
-        wanted = [layer % count for layer in layers]
-    else:
-        raise ValueError(
-            f"`layers` must be a number of blocks from 1 to {count}, or a list of blocks from 0 to "
-            f"{count - 1}. Received: layers={layers!r}."
-        )
+    wanted = block_numbers(layers, backbone)
     x, grid_size, num_prefix = embed(backbone, parts, images, None, extras)
     shape = shape_of(x)
     function, blocks = blocks_of(backbone, parts, [(shape[0], grid_size)], num_prefix, extras)
@@ -190,6 +180,20 @@ def encode_layers(backbone, images, layers=1, as_grid=False, normalize=True, ext
             tokens = tokens._replace(patches=patches)
         found.append(tokens)
     return found
+
+
+def block_numbers(layers, backbone):
+    """The blocks that `layers` of `encode_layers` means, counted from 0."""
+    count = len(parts_of(backbone).blocks)
+    is_list = isinstance(layers, (list, tuple, range)) and len(layers)
+    if is_count(layers, at_least=1) and layers <= count:
+        return range(count - layers, count)
+    if is_list and all(is_count(layer, -count) and layer < count for layer in layers):
+        return [layer % count for layer in layers]
+    raise ValueError(
+        f"`layers` must be a number of blocks from 1 to {count}, or a list of blocks from 0 to "
+        f"{count - 1}. Received: layers={layers!r}."
+    )
 
 
 def embed(backbone, parts, images, masks, extras):

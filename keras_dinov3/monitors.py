@@ -6,7 +6,8 @@ from keras import ops
 
 from keras_dinov3 import backend, evaluation
 from keras_dinov3.augment import MultiCrop
-from keras_dinov3.evaluation import FeatureExtractor, knn_accuracy, rankme
+from keras_dinov3.evaluation import knn_accuracy, rankme
+from keras_dinov3.features import FeatureExtractor, batches
 from keras_dinov3.optimizers import AdamW
 from keras_dinov3.schedules import check_count, check_range, value_at
 
@@ -340,7 +341,7 @@ class LiDAR(FeatureMonitor):
         return {self.name: evaluation.lidar(grouped)}
 
     def view_batches(self):
-        for images, _ in evaluation.batches(self.images, self.batch_size):
+        for images, _ in batches(self.images, self.batch_size):
             views = backend.numpy_of(self._views(images)["global_crops"])  # (B, views, S, S, C)
             yield views.reshape(-1, *views.shape[2:])
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from keras_dinov3 import backend
-from keras_dinov3.evaluation import batches, checked_labels
+from keras_dinov3.features import batches, checked_labels
 from keras_dinov3.monitors import FeatureMonitor, synchronize
 from keras_dinov3.schedules import check_count
 

@@ -69,7 +69,7 @@ class Source:
         return max(int(side / multiple + 0.5), 1) * multiple
 
 
-def plan_run(source, recipe, batch_size=None, epochs=None, image_size=None):
+def plan_run(source, recipe, batch_size=None, epochs=None, image_size=None, has_test=False):
     """The recipe for these images, before they are read.
 
     Args:
@@ -78,13 +78,14 @@ def plan_run(source, recipe, batch_size=None, epochs=None, image_size=None):
         batch_size: Int. `None`: 64, or fewer for few images.
         epochs: Int. `None`: 100.
         image_size: Int or `(height, width)` in pixels. `None`: that of most images, at most 256.
+        has_test: Whether there are test images, so that none is held out for k-NN.
 
     Returns:
         `Recipe` with a plan for as many images as will be trained on.
     """
     planned = recipe.plan or {}
     num_images = source.count
-    if source.has_classes:
+    if source.has_classes and not has_test:
         num_images -= round(HELD_OUT * num_images)
     backbone = recipe.settings["backbone"]
     multiple = backbone.get("patch_size", 16 if "preset" in backbone else 8)

@@ -11,8 +11,8 @@ import numpy as np
 from keras import ops
 
 from keras_dinov3 import backend
-from keras_dinov3.evaluation import FeatureExtractor
 from keras_dinov3.families import patch_size_of
+from keras_dinov3.features import FeatureExtractor
 
 
 def patch_pca(

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tiny
-from golden import numpy
+from golden import close, numpy, variable_gradients
 from keras import ops
 
 from keras_dinov3 import backend
@@ -226,3 +226,37 @@ def test_in_cache_equals_all_at_once(monkeypatch):
     assert counts == ([3, 3, 2] if keras.config.backend() == "torch" else [8])
     assert len(numpy(backend.in_cache(function, images[:2], more[:4], size=50))) == 2
     assert counts[-1] == (1 if keras.config.backend() == "torch" else 2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_attention_and_its_gradient(dtype, tolerance):
+    """Against the formula in NumPy; the gradient against finite differences of it."""
+    rng = np.random.default_rng(0)
+    query, key, value, weights = (rng.normal(size=(2, 5, 3, 8)) for _ in range(4))
+
+    def expected(query, key, value):
+        scores = np.einsum("blhd,bmhd->bhlm", query, key) / np.sqrt(8)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("bhlm,bmhd->blhd", scores / scores.sum(-1, keepdims=True), value)
+
+    variables = [
+        keras.Variable(x.astype("float32"), name=name)
+        for x, name in ((query, "query"), (key, "key"), (value, "value"))
+    ]
+
+    def function():
+        x = backend.attention(*(ops.cast(v, dtype) for v in variables))
+        assert keras.backend.standardize_dtype(x.dtype) == dtype
+        return ops.sum(ops.cast(x, "float32") * ops.convert_to_tensor(weights, "float32"))
+
+    total, gradients = variable_gradients(function, variables)
+    close(total, np.sum(expected(query, key, value) * weights), 20 * tolerance, tolerance)
+    for index, gradient in enumerate(gradients):
+        step, direction = 1e-4, rng.normal(size=query.shape)
+        sides = []
+        for sign in (1, -1):
+            moved = [query, key, value]
+            moved[index] = moved[index] + sign * step * direction
+            sides.append(np.sum(expected(*moved) * weights))
+        slope = (sides[0] - sides[1]) / (2 * step)
+        close(np.sum(numpy(gradient) * direction), slope, 20 * tolerance, 20 * tolerance)

@@ -8,7 +8,7 @@ import tiny
 import keras_dinov3 as kd
 from keras_dinov3.batches import full_batches
 from keras_dinov3.checks import check_batch
-from keras_dinov3.evaluation import batches
+from keras_dinov3.features import batches
 
 COUNT = 2 * tiny.B + 3  # two full batches and a rest
 IMAGES = tiny.images(COUNT)
