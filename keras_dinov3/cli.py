@@ -8,7 +8,7 @@ import sys
 
 import keras_hub
 
-from keras_dinov3 import convert, pretrain, recipes
+from keras_dinov3 import convert, data, evaluation, features, pretrain, recipes
 
 KINDS = ("meta", "huggingface", "keras")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
@@ -90,6 +90,7 @@ def parser():
     )
     command.set_defaults(run=run_convert)
     add_pretrain(commands)
+    add_evaluate(commands)
     return main_parser
 
 
@@ -259,6 +260,116 @@ def print_results(found, output):
         for epoch, accuracy in dict(found["knn"][:1] + found["knn"][-1:]).items():
             print(f"k-NN after {epoch} epochs: {accuracy:.1%}")
     print(f"The trained backbone is in {output}/backbone; the rest of the run beside it.")
+
+
+def add_evaluate(commands):
+    command = commands.add_parser(
+        "evaluate",
+        help="say how good a backbone's features are, by labelled images",
+        description="Classifies test images by the frozen features of labelled ones: k-NN, a "
+        "linear probe, logistic regression, few labels, retrieval.",
+    )
+    add = command.add_argument
+    add("--backbone", required=True, help="Keras Hub preset, or folder of a run of pretrain")
+    add("--train", required=True, help="folder with a subfolder for each class, or tar file")
+    add("--test", required=True, help="the same, with the same classes")
+    add("--output", help="JSON file for the results, which must not exist yet")
+    add("--image-size", type=int, nargs="+", metavar="PIXELS", help="default: the backbone's")
+    add("--feature", choices=features.POOLED, default="cls_mean_patch", help="default: %(default)s")
+    add("--layers", type=int, help="the last so many blocks together. Default: the last")
+    add("--k", type=int, nargs="+", default=[10, 20], help="neighbours. Default: 10 20")
+    add("--few", type=int, nargs="+", default=[1, 10], help="labels per class. Default: 1 10")
+    add("--batch-size", type=int, default=64, help="default: %(default)s")
+    add("--mean", type=float, nargs="+", help="of the images in training, one per channel")
+    add("--std", type=float, nargs="+", help="the same; default: a run's own, or ImageNet's")
+    add("--seed", type=int, default=0, help="for splits and draws. Default: %(default)s")
+    command.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(arguments):
+    if arguments.output is not None and pathlib.Path(arguments.output).exists():
+        raise FileExistsError(f"{arguments.output} exists and is not overwritten.")
+    backbone, settings = read_trained(arguments.backbone)
+    for name in ("mean", "std"):
+        given = getattr(arguments, name)
+        if given is not None:
+            settings[name] = given[0] if len(given) == 1 else given
+    size = arguments.image_size or list(backbone.image_shape[:2])
+    settings["image_size"] = size = size * 2 if len(size) == 1 else size
+    sides = [
+        data.image_folder(
+            directory,
+            size,
+            arguments.batch_size,
+            labels="folders",
+            shuffle=False,
+            drop_remainder=False,
+            check=False,
+        )
+        for directory in (arguments.train, arguments.test)
+    ]
+    if sides[0].class_names != sides[1].class_names:
+        both = [set(side.class_names) for side in sides]
+        raise ValueError(
+            "`--train` and `--test` must have the same classes. Only one of them has: "
+            f"{', '.join(sorted(both[0] ^ both[1])[:10])}."
+        )
+    found = evaluation.evaluate(
+        backbone,
+        *sides,
+        k=arguments.k,
+        few=arguments.few,
+        seed=arguments.seed,
+        feature=arguments.feature,
+        layers=arguments.layers,
+        **settings,
+    )
+    found = {
+        "backbone": arguments.backbone,
+        "train": arguments.train,
+        "test": arguments.test,
+        "feature": arguments.feature,
+        "layers": arguments.layers,
+        **settings,
+        **found,
+    }
+    print_evaluation(found)
+    if arguments.output is not None:
+        pathlib.Path(arguments.output).write_text(json.dumps(found, indent=2))
+
+
+def read_trained(name):
+    """A backbone from a run's folder, with the mean and std of its training, or from a preset."""
+    folder = pathlib.Path(name)
+    if not (folder / "backbone" / "config.json").is_file():
+        preset = str(folder.resolve()) if folder.is_dir() else name
+        return keras_hub.models.Backbone.from_preset(preset), {"mean": None, "std": None}
+    settings = folder / "settings.json"
+    augmentation = {}
+    if settings.is_file():
+        augmentation = json.loads(settings.read_text())["recipe"]["settings"]["augmentation"]
+    backbone = keras_hub.models.Backbone.from_preset(str((folder / "backbone").resolve()))
+    return backbone, {name: augmentation.get(name) for name in ("mean", "std")}
+
+
+def print_evaluation(found):
+    rows = [(f"k-NN, k = {k}", value) for k, value in found["knn"].items()]
+    for name in ("linear_probe", "logistic_regression"):
+        chosen = {key: found[name][key] for key in ("learning_rate", "C") if key in found[name]}
+        notes = ", ".join(f"{key} = {value:g}" for key, value in chosen.items())
+        rows.append((f"{name.replace('_', ' ')}, {notes}", found[name]["accuracy"]))
+    for n, of_n in found.get("few_shot", {}).items():
+        rows.append((f"{n} per class, std {100 * of_n['std']:.1f}", of_n["mean"]))
+    rows += [(f"retrieval, {name}", value) for name, value in found["retrieval"].items()]
+    count = found["images"]
+    print(
+        f"{found['backbone']}: {count['test']} test images by {count['train']} labelled ones, "
+        f"{found['classes']} classes, {found['feature']} of width {found['width']}, in %"
+    )
+    for name, value in rows:
+        print(f"  {name:40} {100 * value:6.2f}")
+    print(f"  {'RankMe':40} {found['rankme']:6.1f}  of {found['width']}")
+    print(f"  {'uniformity':40} {found['uniformity']:6.2f}")
 
 
 if __name__ == "__main__":

@@ -160,8 +160,8 @@ def checked_views(features, at_least):
     features = backend.numpy_of(features)
     if features.ndim != 3 or len(features) < at_least or features.shape[1] < 2:
         raise ValueError(
-            f"`features` must have shape (images, views, width), with {at_least} images and 2 views "
-            f"at least. Received: features.shape={features.shape}."
+            f"`features` must have shape (images, views, width), with {at_least} images and 2 "
+            f"views at least. Received: features.shape={features.shape}."
         )
     rows = features.reshape(-1, features.shape[-1])
     return checked_features("features", rows).reshape(features.shape)

@@ -12,7 +12,8 @@ from keras_dinov3.encoder import block_numbers, encode, encode_layers, grid_of
 from keras_dinov3.families import channels_of, check_backbone, patch_size_of
 from keras_dinov3.image_ops import resize
 
-FEATURES = ("cls", "mean_patch", "cls_mean_patch", "patches")
+POOLED = ("cls", "mean_patch", "cls_mean_patch")  # one vector for an image
+FEATURES = (*POOLED, "patches")
 
 
 def extract_features(backbone, data, batch_size=64, verbose=0, **kwargs):

@@ -7,7 +7,7 @@ from keras import ops
 from keras_dinov3 import backend, evaluation
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.evaluation import knn_accuracy, rankme
-from keras_dinov3.features import FeatureExtractor, batches
+from keras_dinov3.features import POOLED, FeatureExtractor, batches
 from keras_dinov3.optimizers import AdamW
 from keras_dinov3.schedules import check_count, check_range, value_at
 
@@ -92,11 +92,8 @@ class FeatureMonitor(Monitor):
     def __init__(self, data, every, every_steps, feature, mean, std, image_size, batch_size, name):
         super().__init__(every, every_steps)
         check_count("batch_size", batch_size, at_least=1)
-        if feature not in ("cls", "mean_patch", "cls_mean_patch"):
-            raise ValueError(
-                '`feature` must be "cls", "mean_patch" or "cls_mean_patch". '
-                f"Received: feature={feature!r}."
-            )
+        if feature not in POOLED:
+            raise ValueError(f"`feature` must be one of {POOLED}. Received: feature={feature!r}.")
         for side, images in data.items():
             if hasattr(images, "__next__"):
                 raise ValueError(
