@@ -100,12 +100,7 @@ class FeatureExtractor(keras.Model):
         self._functions = {}  # batch shape and dtype -> compiled function
 
     def call(self, images):
-        size = self.input_size(images.shape[1:3])
-        images = resize(self._normalize(images), size)
-        if self.layers_used is None:
-            layers = [encode(self.backbone, images, extras=self.extras)]
-        else:
-            layers = encode_layers(self.backbone, images, self.layers_used, extras=self.extras)
+        layers = self.tokens_of(images)
         cls, patches = (
             ops.cast(ops.concatenate([getattr(tokens, kind) for tokens in layers], -1), "float32")
             for kind in ("cls", "patches")
@@ -115,6 +110,19 @@ class FeatureExtractor(keras.Model):
         mean_patch = ops.mean(patches, axis=1)
         both = ops.concatenate([cls, mean_patch], axis=-1)
         return {"cls": cls, "mean_patch": mean_patch, "cls_mean_patch": both}[self.feature]
+
+    def prepared(self, images):
+        """Images as the backbone takes them: normalised, and resized to whole patches."""
+        return resize(self._normalize(images), self.input_size(images.shape[1:3]))
+
+    def tokens_of(self, images, normalize=True):
+        """`Tokens` of each of the layers."""
+        images = self.prepared(images)
+        if self.layers_used is None:
+            return [encode(self.backbone, images, extras=self.extras)]
+        return encode_layers(
+            self.backbone, images, self.layers_used, normalize=normalize, extras=self.extras
+        )
 
     def input_size(self, size):
         """The `(height, width)` that images of `size` are resized to."""

@@ -3,16 +3,51 @@
 Figures are drawn without pyplot, so nothing is left open and no display is needed.
 """
 
-import csv
 import math
-import pathlib
 
 import numpy as np
 from keras import ops
 
 from keras_dinov3 import backend
+from keras_dinov3.curves import training_curves
 from keras_dinov3.families import patch_size_of
-from keras_dinov3.features import FeatureExtractor
+from keras_dinov3.figures import (
+    attention_figure,
+    figure_class,
+    map_figure,
+    norms_figure,
+    save,
+    show,
+    similarity_figure,
+)
+from keras_dinov3.maps import (
+    attention_maps,
+    feature_map,
+    foreground,
+    patch_features,
+    patch_similarity,
+    token_norms,
+)
+
+__all__ = [
+    "attention_figure",
+    "attention_maps",
+    "crops",
+    "crops_figure",
+    "feature_map",
+    "foreground",
+    "map_figure",
+    "norms_figure",
+    "patch_features",
+    "patch_pca",
+    "patch_pca_figure",
+    "patch_similarity",
+    "pca_colors",
+    "save",
+    "similarity_figure",
+    "token_norms",
+    "training_curves",
+]
 
 
 def patch_pca(
@@ -24,6 +59,7 @@ def patch_pca(
     path=None,
     batch_size=16,
     extras=None,
+    only_foreground=False,
 ):
     """Patch features as colours: their three main directions as red, green and blue.
 
@@ -42,6 +78,8 @@ def patch_pca(
         batch_size: Int, images per step.
         extras: `EncoderExtras` that the backbone was trained with (`model.teacher_extras`).
             `None`: none.
+        only_foreground: Whether the background (see `foreground`) is black, so that the colours
+            tell apart the parts of what the images show.
 
     Returns:
         float32 NumPy array of shape `(B, h, w, 3)` from 0 to 1, a colour per patch.
@@ -56,20 +94,22 @@ def patch_pca(
     if path is not None:
         figure_class()  # if it is missing, say so before the work
     images = backend.numpy_of(images)
-    extractor = FeatureExtractor(backbone, "patches", mean, std, image_size, extras)
-    patches = extractor.extract(images, min(batch_size, max(len(images), 1)))
-    height, width = (n // patch_size_of(backbone) for n in extractor.input_size(images.shape[1:3]))
-    colors = pca_colors(patches).reshape(len(patches), height, width, 3)
+    features = patch_features(
+        backbone, images, batch_size, mean=mean, std=std, image_size=image_size, extras=extras
+    )
+    colors = pca_colors(features, foreground(features) if only_foreground else None)
     if path is not None:
         save(patch_pca_figure(images, colors), path)
     return colors
 
 
-def pca_colors(features):
+def pca_colors(features, chosen=None):
     """Colours of features: principal components, stretched to 0-1 and cut at the extremes.
 
     Args:
         features: Float array of shape `(..., D)`, at least 3 wide.
+        chosen: Bool array of shape `(...)`: the others are black, and do not count in the
+            components. `None`: all, as if none are true.
 
     Returns:
         float32 NumPy array of shape `(..., 3)`. A component that does not vary is 0.5.
@@ -82,7 +122,11 @@ def pca_colors(features):
             "`features` must be finite and at least 3 wide, one direction for each of red, green "
             f"and blue. Received: shape {features.shape}, {np.isnan(features).sum()} NaN."
         )
-    rows = np.asarray(features, "float64").reshape(-1, features.shape[-1])
+    everything = np.asarray(features, "float64").reshape(-1, features.shape[-1])
+    kept = np.full(len(everything), True)
+    if chosen is not None and np.any(chosen):
+        kept = np.ravel(chosen)
+    rows = everything[kept]
     rows = rows - rows.mean(axis=0)
     _, directions = np.linalg.eigh(rows.T @ rows)  # ascending
     directions = directions[:, :-4:-1]
@@ -90,8 +134,10 @@ def pca_colors(features):
     components = rows @ (directions * np.sign(directions[largest, range(3)]))
     low, high = np.percentile(components, (1, 99), axis=0)
     varies = high - low > 1e-6 * np.abs(rows).max()
-    colors = np.where(varies, (components - low) / np.where(varies, high - low, 1.0), 0.5)
-    return np.clip(colors, 0.0, 1.0).reshape(*features.shape[:-1], 3).astype("float32")
+    colors = np.zeros((len(everything), 3), "float32")
+    stretched = np.where(varies, (components - low) / np.where(varies, high - low, 1.0), 0.5)
+    colors[kept] = np.clip(stretched, 0.0, 1.0)
+    return colors.reshape(*features.shape[:-1], 3)
 
 
 def patch_pca_figure(images, colors, columns=8):
@@ -206,109 +252,3 @@ def crops_figure(images, crops):
                 if row == index == 0:
                     axes.set_title("local crops", fontsize=8, loc="left")
     return figure
-
-
-def training_curves(history, path=None, references=None):
-    """The loss, its terms and the k-NN accuracy over epochs.
-
-    Args:
-        history: What `fit` returned, its dict, or the path of a `CSVLogger` file.
-        path: Where to write the picture. `None` writes none.
-        references: Dict from names to accuracies in 0-1, drawn as dashed lines beside k-NN;
-            for instance `{"raw pixels": 0.5, "untrained": 0.3}`.
-
-    Returns:
-        `matplotlib.figure.Figure`: losses on the left, values named `knn...` on the right.
-
-    Raises:
-        ValueError: If there is no loss, or a value is missing in some epochs.
-        ImportError: If Matplotlib is missing.
-    """
-    epochs, series = read_history(history)
-    losses = {name: y for name, y in series.items() if name.endswith("loss")}
-    accuracies = {name: y for name, y in series.items() if "knn" in name}
-    if not losses:
-        raise ValueError(f"`history` must hold a loss. Received: values {sorted(series)}.")
-    panels = 2 if accuracies or references else 1
-    figure = figure_class()(figsize=(4.5 * panels, 3.2))
-    grid = figure.subplots(1, panels, squeeze=False)[0]
-    for name, y in losses.items():
-        style = {"color": "black", "linewidth": 2} if name == "loss" else {}
-        plot(grid[0], epochs, y, name, style)
-    grid[0].set_title("Loss and its terms")
-    if panels == 2:
-        for name, y in accuracies.items():
-            plot(grid[1], epochs, 100 * y, name, {"marker": "o", "markersize": 3})
-        for index, (name, value) in enumerate((references or {}).items(), len(accuracies)):
-            grid[1].axhline(100 * value, label=name, linestyle="--", color=f"C{index}")
-        grid[1].set_title("Weighted k-NN accuracy (%)")
-    for axes in grid:
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
-    if path is not None:
-        save(figure, path)
-    return figure
-
-
-def read_history(history):
-    """Epochs counted from 1, and a float array of the same length by name; NaN where missing."""
-    if isinstance(history, (str, pathlib.Path)):
-        with open(history, newline="") as file:
-            rows = list(csv.DictReader(file))
-        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
-        epochs = columns.pop("epoch", None)
-    else:
-        columns = getattr(history, "history", history)
-        epochs = getattr(history, "epoch", None)
-    series = {name: np.array([number(x) for x in values]) for name, values in columns.items()}
-    # CSVLogger also writes columns for validation that never took place.
-    series = {name: values for name, values in series.items() if np.isfinite(values).any()}
-    lengths = {name: len(values) for name, values in series.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(
-            "Each value must be logged in every epoch (NaN where it is not known), since its "
-            f"epochs cannot be guessed. Received: numbers of epochs {lengths}."
-        )
-    length = max(lengths.values(), default=0)
-    return np.array([int(e) + 1 for e in epochs or range(length)]), series
-
-
-def number(text):
-    try:
-        return float(text)
-    except (TypeError, ValueError):  # CSVLogger writes "NA"
-        return math.nan
-
-
-def plot(axes, x, y, label, style):
-    known = np.isfinite(y)
-    axes.plot(x[known], y[known], label=label, **style)
-
-
-def show(axes, image, label=None):
-    """Draws one image `(H, W, C)`: its first three channels, or gray if it has fewer."""
-    image = image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
-    top = 255 if image.dtype == "uint8" else 1.0
-    axes.set_axis_on()
-    axes.imshow(image, cmap="gray", vmin=0, vmax=top, interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(linewidth=0.5, color="0.8")
-    if label:
-        axes.set_ylabel(label, fontsize=9)
-
-
-def figure_class():
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = "Pictures need Matplotlib. Install it: `pip install keras-dinov3[plots]`."
-        raise ImportError(message) from error
-    return lambda **kwargs: Figure(layout="constrained", **kwargs)
-
-
-def save(figure, path):
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)

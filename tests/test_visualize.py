@@ -9,7 +9,8 @@ from golden import numpy
 
 from keras_dinov3 import EncoderExtras
 from keras_dinov3.augment import MultiCrop
-from keras_dinov3.evaluation import FeatureExtractor
+from keras_dinov3.curves import training_curves
+from keras_dinov3.features import FeatureExtractor
 from keras_dinov3.masking import BlockMasking
 from keras_dinov3.visualize import (
     crops,
@@ -18,7 +19,6 @@ from keras_dinov3.visualize import (
     patch_pca,
     patch_pca_figure,
     pca_colors,
-    training_curves,
 )
 
 
@@ -230,82 +230,3 @@ def test_crops_figure_shows_all_crops(images):
 def test_masks_of_the_wrong_shape(shape):
     with pytest.raises(ValueError, match=r"one value per square patch.*masks.shape=\(2, "):
         gray_out(np.zeros((2, 3, 4, 6, 1)), np.zeros(shape, bool))
-
-
-# Curves
-
-
-LOGS = {
-    "loss": [3.0, 2.0, 1.5],
-    "ibot_loss": [2.0, 1.0, 0.5],
-    "knn": [float("nan"), 0.25, 0.5],
-    "learning_rate": [0.1, 0.1, 0.1],
-}
-
-
-def lines(axes):
-    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-
-
-EXPECTED_LOSSES = {
-    "loss": [[1, 3.0], [2, 2.0], [3, 1.5]],
-    "ibot_loss": [[1, 2.0], [2, 1.0], [3, 0.5]],
-}
-
-
-def history_of(kind, tmp_path):
-    if kind == "dict":
-        return LOGS
-    if kind == "History":
-        history = keras.callbacks.History()
-        history.history, history.epoch = LOGS, [0, 1, 2]
-        return history
-    path = tmp_path / "log.csv"
-    rows = ["epoch,ibot_loss,knn,learning_rate,loss"]
-    rows += ["0,2.0,NA,0.1,3.0", "1,1.0,0.25,0.1,2.0", "2,0.5,0.5,0.1,1.5"]
-    path.write_text("\n".join(rows) + "\n")
-    return str(path) if kind == "str" else path
-
-
-@pytest.mark.parametrize("kind", ["dict", "History", "str", "Path"])
-def test_training_curves(tmp_path, kind):
-    path = tmp_path / "curves.png"
-    figure = training_curves(history_of(kind, tmp_path), path, {"raw pixels": 0.4})
-    losses, accuracy = figure.axes
-    assert lines(losses) == EXPECTED_LOSSES
-    assert lines(accuracy)["knn"] == [[2, 25.0], [3, 50.0]]
-    assert lines(accuracy)["raw pixels"] == [[0, 40.0], [1, 40.0]]  # across the panel
-    assert min(png_size(path)) > 100
-
-
-def test_training_curves_of_keras_callbacks(tmp_path):
-    """`fit` itself writes the file; a resumed run starts at its own epoch."""
-    model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    path = tmp_path / "log.csv"
-    x = np.ones((4, 2))
-    history = model.fit(
-        x,
-        x[:, :1],
-        epochs=5,
-        initial_epoch=3,
-        verbose=0,
-        callbacks=[keras.callbacks.CSVLogger(path)],
-    )
-    expected = [[4.0, history.history["loss"][0]], [5.0, history.history["loss"][1]]]
-    for source in (history, path):
-        (losses,) = training_curves(source).axes  # no k-NN, one panel
-        np.testing.assert_allclose(lines(losses)["loss"], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "history, message",
-    [
-        ({"accuracy": [1.0]}, r"must hold a loss.*\['accuracy'\]"),
-        ({}, "must hold a loss"),
-        ({"loss": [1.0, 2.0], "knn": [0.5]}, "every epoch.*'loss': 2, 'knn': 1"),
-    ],
-)
-def test_training_curves_errors(history, message):
-    with pytest.raises(ValueError, match=message):
-        training_curves(history)
