@@ -7,6 +7,7 @@ import keras
 from keras_dinov3.collapse import CollapseMonitor
 from keras_dinov3.monitors import KNN, LiDAR, RankMe, ScheduleLogger
 from keras_dinov3.online_probe import LinearProbe
+from keras_dinov3.pictures import Pictures
 from keras_dinov3.schedules import check_range
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "KNN",
     "LiDAR",
     "LinearProbe",
+    "Pictures",
     "RankMe",
     "ScheduleLogger",
     "StopOnNonFinite",

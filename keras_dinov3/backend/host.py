@@ -178,3 +178,37 @@ def import_torch(path):
             "enough, Keras can keep its backend), or use a .safetensors file."
         ) from error
     return torch
+
+
+def image_writer(log_dir):
+    """A function `(name, path of a PNG file, step)` that puts a picture into a TensorBoard log.
+
+    Args:
+        log_dir: Path of the folder.
+
+    Raises:
+        ImportError: If TensorFlow, which writes such logs under any backend, is missing.
+    """
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise ImportError(
+            "Pictures for TensorBoard are written by TensorFlow. Install it: "
+            "`pip install tensorflow`; or leave out `log_dir`."
+        ) from error
+    from PIL import Image
+
+    writer = tf.summary.create_file_writer(log_dir)
+    metadata = tf.compat.v1.SummaryMetadata()
+    metadata.plugin_data.plugin_name = "images"
+
+    def write(name, path, step):
+        with Image.open(path) as picture:
+            size = [str(n).encode() for n in picture.size]
+        with open(path, "rb") as file:
+            value = tf.constant([*size, file.read()])
+        with writer.as_default():
+            tf.summary.write(name, value, step, metadata)
+        writer.flush()
+
+    return write
