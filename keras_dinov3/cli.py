@@ -8,7 +8,7 @@ import sys
 
 import keras_hub
 
-from keras_dinov3 import convert, data, evaluation, features, pretrain, recipes
+from keras_dinov3 import convert, data, evaluation, features, pretrain, recipes, report
 
 KINDS = ("meta", "huggingface", "keras")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
@@ -91,6 +91,7 @@ def parser():
     command.set_defaults(run=run_convert)
     add_pretrain(commands)
     add_evaluate(commands)
+    add_report(commands)
     return main_parser
 
 
@@ -370,6 +371,22 @@ def print_evaluation(found):
         print(f"  {name:40} {100 * value:6.2f}")
     print(f"  {'RankMe':40} {found['rankme']:6.1f}  of {found['width']}")
     print(f"  {'uniformity':40} {found['uniformity']:6.2f}")
+
+
+def add_report(commands):
+    command = commands.add_parser(
+        "report",
+        help="make one HTML page of a run",
+        description="Makes one HTML page of a run, with all pictures inside, which opens offline.",
+    )
+    command.add_argument("run_dir", help="folder of a run of pretrain")
+    command.add_argument("--output", help="path of the page. Default: report.html in the folder")
+    command.set_defaults(run=run_report)
+
+
+def run_report(arguments):
+    path = report.write_report(arguments.run_dir, arguments.output)
+    print(f"{path}, {path.stat().st_size / 1e6:.1f} MB.")
 
 
 if __name__ == "__main__":
