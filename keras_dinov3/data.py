@@ -351,11 +351,12 @@ class ImageBatches(ShuffledBatches):
             )
         order = np.random.default_rng(seed).permutation(len(self.files))
         return (
-            self._part(np.sort(order[held_out:]), self.shuffle, self.drop_remainder),
-            self._part(np.sort(order[:held_out]), shuffle=False, drop_remainder=False),
+            self.part(np.sort(order[held_out:]), self.shuffle, self.drop_remainder),
+            self.part(np.sort(order[:held_out]), shuffle=False, drop_remainder=False),
         )
 
-    def _part(self, members, shuffle, drop_remainder):
+    def part(self, members, shuffle, drop_remainder):
+        """The images at these positions of `files`, as batches of their own."""
         return ImageBatches(
             [self.files[index] for index in members],
             self.image_size,

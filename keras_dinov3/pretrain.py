@@ -1,5 +1,6 @@
 """A run from a folder of images to a trained backbone, with all that it leaves in a folder."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -11,17 +12,19 @@ import numpy as np
 from PIL import Image
 
 from keras_dinov3 import backend
-from keras_dinov3.callbacks import KNN, CollapseMonitor, RankMe, ScheduleLogger
+from keras_dinov3.callbacks import KNN, CollapseMonitor, Pictures, RankMe, ScheduleLogger
 from keras_dinov3.data import image_folder
 from keras_dinov3.evaluation import knn_accuracy
 from keras_dinov3.image_files import TarredFile, find_all, image_suffixes
 from keras_dinov3.recipes import Recipe
+from keras_dinov3.report import write_report
 
 HELD_OUT = 0.1  # share of the labelled images that k-NN classifies if there are no test images
 MAX_NEIGHBOURS = 20_000  # labelled images that k-NN looks at
 MAX_CACHED = 4e9  # bytes of decoded images that are kept in memory
 NUM_MEASURED = 1024  # images whose mean and deviation the crops are normalised by
 NUM_WATCHED, NUM_RANKED = 128, 2048  # images of `CollapseMonitor` and `RankMe`
+NUM_SHOWN, NUM_PICTURES = 8, 5  # images in the pictures, and times that these are drawn
 FEATURE = "cls_mean_patch"  # what these look at
 NUM_MEASUREMENTS = 20  # of k-NN and rank in a run
 MAX_IMAGE_SIZE = 256  # pixels, where the size is chosen by the images
@@ -101,7 +104,8 @@ def pretrain(images, output, recipe, test=None, seed=0, command=None, verbose="a
 
     In `output`: settings.json (the recipe with its reasons, the command, the versions), log.csv
     (losses, k-NN, rank, monitors, schedules), alarms.jsonl if something went wrong,
-    checkpoint.keras, and backbone/, the teacher as a Keras Hub preset.
+    checkpoint.keras, backbone/, the teacher as a Keras Hub preset, and with Matplotlib pictures/
+    and report.html.
 
     Args:
         images: Folder of images, or tar file. If all lie in several subfolders, these are taken for
@@ -191,6 +195,12 @@ def train(model, sides, output, epochs, seed, verbose, resumes=False):
         CollapseMonitor(all_of(watched), path=output / "alarms.jsonl", seed=seed),
         RankMe(ranked, every, feature=FEATURE),
         ScheduleLogger(),
+    ]
+    can_draw = importlib.util.find_spec("matplotlib") is not None
+    if can_draw:
+        shown = all_of(some_of(data if queries is None else queries, NUM_SHOWN, seed))
+        callbacks.append(Pictures(shown, output / "pictures", max(epochs // NUM_PICTURES, 1)))
+    callbacks += [
         keras.callbacks.CSVLogger(output / "log.csv", append=resumes),
         Checkpoint(output / "checkpoint.keras"),
     ]
@@ -201,6 +211,8 @@ def train(model, sides, output, epochs, seed, verbose, resumes=False):
     if first < epochs:
         model.fit(data, epochs=epochs, initial_epoch=first, callbacks=callbacks, verbose=verbose)
     model.export_backbone().save_to_preset(str(output / "backbone"))
+    if can_draw:
+        write_report(output)
     found = {"images": len(data.files), "unreadable": len(data.unreadable)}
     if queries is not None:
         found["raw_pixels"] = raw_pixel_accuracy(neighbours, queries)
@@ -240,7 +252,7 @@ def load_images(images, recipe, test, seed):
 def some_of(data, count, seed):
     """So many of the images, drawn once, in the order of their files."""
     chosen = np.random.default_rng(seed).permutation(len(data.files))[:count]
-    return data._part(np.sort(chosen), shuffle=False, drop_remainder=False)
+    return data.part(np.sort(chosen), shuffle=False, drop_remainder=False)
 
 
 def all_of(batches):

@@ -132,6 +132,15 @@ def test_a_run_says_and_writes_its_results(finished, images):
         assert recipe.settings["augmentation"][name] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_run_draws_pictures_and_its_page(finished):
+    folder, _ = finished
+    names = {path.name for path in (folder / "pictures").iterdir()}
+    assert "crops.png" in names
+    assert {f"{k}_{e:06d}.png" for k in ("patch_pca", "attention") for e in range(4)} < names
+    page = (folder / "report.html").read_text()
+    assert "the command" in page and "data:image/webp" in page
+
+
 def test_a_run_exports_the_teacher_as_a_preset(finished):
     folder, _ = finished
     backbone = keras_hub.models.DINOV3Backbone.from_preset(str(folder / "backbone"))
