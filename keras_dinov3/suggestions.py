@@ -69,7 +69,6 @@ def suggestions(settings, plan):
         **crops_for(plan["image_size"], patch_size or 16),
         "model.num_prototypes": prototypes_for(num_images),
         "model.teacher_temperature": temperature_for(total_steps),
-        "model.koleo_weight": koleo_weight_for(total_steps),
         "teacher.momentum": momentum_for(total_steps),
         "optimizer.learning_rate": rate_for(batch_size),
         "optimizer.freeze_last_layer_steps": (
@@ -134,7 +133,7 @@ def prototypes_for(num_images):
 def temperature_for(total_steps):
     if total_steps < LONG_RUN:
         return (
-            0.01,
+            0.005,
             f"{total_steps} updates are few: targets must be far sharper than predictions (0.1) "
             "for small differences between images to grow",
         )
@@ -143,14 +142,8 @@ def temperature_for(total_steps):
     return schedule, f"the recipe's; the warm-up is the first {share:.0%} of {total_steps} updates"
 
 
-def koleo_weight_for(total_steps):
-    if total_steps < LONG_RUN:
-        return 0.3, f"{total_steps} updates are few: spreading images apart does much of the work"
-    return 0.1, "the recipe's"
-
-
 def momentum_for(total_steps):
-    start = round(min(max(1 - 12 / math.sqrt(total_steps), 0.9), 0.994), 4)
+    start = round(min(max(1 - 1.25 / math.sqrt(total_steps), 0.9), 0.994), 4)
     horizon = 1 / (1 - start)
     return (
         {"peak": start, "end": 1.0},
@@ -159,9 +152,9 @@ def momentum_for(total_steps):
 
 
 def rate_for(batch_size):
-    """From 2e-3 at 128 images, by the square root."""
-    peak = round(2e-3 * math.sqrt(batch_size / 128), 6)
+    """From 1e-3 at 128 images, by the square root."""
+    peak = round(1e-3 * math.sqrt(batch_size / 128), 6)
     return (
         {"peak": peak, "warmup": 0.1, "end": round(peak / 100, 8)},
-        f"0.002 at 128 images, by the square root for {batch_size}; warm-up: a tenth of the run",
+        f"0.001 at 128 images, by the square root for {batch_size}; warm-up: a tenth of the run",
     )

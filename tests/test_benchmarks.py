@@ -9,6 +9,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import knn
 import measure
 import scaling
 import step
@@ -110,3 +111,14 @@ def test_scaling_fits_an_axis(tmp_path, monkeypatch):
     rows = json.loads(path.read_text())["rows"]
     assert [row["x"] for row in rows] == [1 + 4 + 16, 1 + 4 + 36]
     assert "exponent" in rows[-1]
+
+
+def test_knn_beside_scikit_learn(tmp_path, monkeypatch):
+    path = tmp_path / "knn.json"
+    arguments = ["--bank=400", "--queries=200", "--width=6", "--k=3", "--rounds=1"]
+    monkeypatch.setattr(sys, "argv", ["knn.py", *arguments, f"--json={path}"])
+    knn.main()
+    small, peer, whole = json.loads(path.read_text())["rows"]
+    assert (small["bank"], small["queries"], peer["ratio"]) == (40, 2, 1.0)
+    assert (whole["bank"], whole["queries"], whole["features"]) == (400, 200, 400 * 6 * 4)
+    assert small["median"] > 0 and whole["median"] > 0 and whole["memory"] >= 0
