@@ -80,8 +80,7 @@ def training_curves(history, path=None, references=None):
 def read_history(history):
     """Epochs counted from 1, and a float array of the same length by name; NaN where missing."""
     if isinstance(history, (str, pathlib.Path)):
-        with open(history, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        rows = [r for r in read_rows(history) if None not in r and None not in r.values()]
         rows = list({row.get("epoch", index): row for index, row in enumerate(rows)}.values())
         columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
         epochs = columns.pop("epoch", None)
@@ -99,6 +98,15 @@ def read_history(history):
         )
     length = max(lengths.values(), default=0)
     return np.array([int(e) + 1 for e in epochs or range(length)]), series
+
+
+def read_rows(path):
+    """The rows of a CSV file as dicts; what is in excess or missing is under or is `None`."""
+    try:
+        with open(path, newline="", errors="replace") as file:
+            return list(csv.DictReader(file))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
 
 
 def number(text):

@@ -96,7 +96,8 @@ class FeatureExtractor(keras.Model):
         if layers is not None:
             block_numbers(layers, backbone)
         self.built = True  # no weights to make
-        self._normalize = MultiCrop(mean=mean, std=std).normalize
+        # It draws nothing; without a seed it would take one from Python's random state.
+        self._normalize = MultiCrop(mean=mean, std=std, seed=0).normalize
         self._functions = {}  # batch shape and dtype -> compiled function
 
     def call(self, images):

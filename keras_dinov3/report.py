@@ -103,15 +103,17 @@ def summary(folder):
     if not len(epochs):
         return []
     items = [("epochs", f"{epochs[-1]}")]
-    for name, what, scale, unit in (
-        ("knn", "k-NN", 100, " %"),
+    shown = [(name, name.replace("knn", "k-NN"), 100, " %") for name in knn_names(series)]
+    shown += [
         ("linear_probe", "linear probe", 100, " %"),
         ("rankme", "RankMe", 1, ""),
         ("loss", "loss", 1, ""),
-    ):
+    ]
+    for name, what, scale, unit in shown:
         if name in series:
             values = [value for value in series[name] if value == value]
             first, last = values[0], values[-1]
+            what = what.replace("_", " ")
             items.append((what, f"{scale * last:.4g}{unit}", f"first {scale * first:.4g}{unit}"))
     cells = [
         f"<li>{text(what)}<b>{text(value)}</b>{''.join(map(text, more))}</li>"
@@ -121,22 +123,37 @@ def summary(folder):
 
 
 def alarms(path):
-    found = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # cut off
-                continue
-    found = [alarm for alarm in found if isinstance(alarm, dict)]
-    if not found:
-        return ["<p>No alarm fired.</p>"]
-    return [
+    """What fired; and what is not known of it, since a silent monitor and none leave one file."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return ["<p>No alarm was written. A run without `CollapseMonitor` has none either.</p>"]
+    except OSError as error:
+        return [f"<p>alarms.jsonl could not be read: {text(error)}</p>"]
+    found, damaged = [], 0
+    for line in filter(str.strip, lines):
+        try:
+            alarm = json.loads(line)
+        except ValueError:  # cut off
+            alarm = None
+        if isinstance(alarm, dict):
+            found.append(alarm)
+        else:
+            damaged += 1
+    page = [
         f'<p class="alarm"><b>{text(alarm.get("kind", "alarm"))}</b>, epoch '
         f"{text(alarm.get('epoch', '?'))}, step {text(alarm.get('step', '?'))}: "
         f"{text(alarm.get('message', ''))}</p>"
         for alarm in found
     ]
+    if damaged:
+        page.append(f"<p>Damaged lines in alarms.jsonl that may have held alarms: {damaged}.</p>")
+    return page or ["<p>alarms.jsonl is empty.</p>"]
+
+
+def knn_names(series):
+    """Of the logged values those of `KNN`: one, or one for each k."""
+    return [name for name in series if name.split("_")[0] == "knn"]
 
 
 def curves(path):
@@ -144,14 +161,14 @@ def curves(path):
         return ["<p>There is no log.csv.</p>"]
     try:
         figure = training_curves(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return [f"<p>The curves could not be drawn: {text(error)}</p>"]
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)  # it names addresses
-    missing = [] if "knn" in read_history(path)[1] else ["<p>No k-NN was logged.</p>"]
+    missing = [] if knn_names(read_history(path)[1]) else ["<p>No k-NN was logged.</p>"]
     return [svg, *missing]
 
 
@@ -173,12 +190,12 @@ def pictures(folder):
         lines += ["<h3>What the student is shown</h3>", picture]
     for path in sorted(folder.glob("*_*.png")):
         kind, _, epoch = path.stem.rpartition("_")
-        if epoch.isdigit():
+        if re.fullmatch("[0-9]+", epoch):
             times.setdefault(kind, []).append((int(epoch), path))
     for kind, shown in times.items():
         shown = spread(shown, MAX_TIMES)
         title = TITLES.get(kind, kind)
-        group = re.sub(r"\W", "_", kind)
+        group = "times_" + re.sub(r"[^A-Za-z0-9]", "_", kind)
         buttons, figures, rules = [], [], []
         for index, (epoch, path) in enumerate(shown):
             key = f"{group}_{index}"
@@ -214,7 +231,7 @@ def embedded(path, description):
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-    except OSError:
+    except Exception:  # Pillow raises nearly every type
         return f"<p>{text(path.name)} cannot be read.</p>"
     if image.width > MAX_WIDTH:
         height = max(round(image.height * MAX_WIDTH / image.width), 1)

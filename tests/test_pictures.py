@@ -1,13 +1,28 @@
+import random
 import sys
 
+import keras_hub
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from keras_dinov3 import backend
+from keras_dinov3 import EncoderExtras, backend, pictures
 from keras_dinov3.callbacks import Pictures
+from keras_dinov3.features import FeatureExtractor
+from keras_dinov3.maps import token_norms
 from keras_dinov3.pictures import KINDS
+
+
+def vit():
+    return keras_hub.models.ViTBackbone(
+        image_shape=(*tiny.GLOBAL, 3),
+        patch_size=tiny.PATCH,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=32,
+        mlp_dim=48,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +73,35 @@ def test_pictures_do_not_touch_the_training(drawn):
     plain.fit(tiny.images(), batch_size=tiny.B, epochs=5, verbose=0)
     for a, b in zip(model.weights, plain.weights, strict=True):
         np.testing.assert_array_equal(backend.numpy_of(a), backend.numpy_of(b), a.path)
+
+
+def test_pictures_do_not_touch_pythons_random_state(tmp_path):
+    backbone, images = tiny.backbone(), tiny.images(2, 32, 24)
+    state = random.getstate()
+    FeatureExtractor(backbone)(images)
+    assert random.getstate() == state
+
+
+def test_the_teacher_is_seen_as_it_was_trained(tmp_path, monkeypatch):
+    """Its registers and the crops' normalization change what is drawn."""
+    seen = []
+
+    def recorded(backbone, images, **settings):
+        seen.append((backbone, settings))
+        return token_norms(backbone, images, **settings)
+
+    monkeypatch.setattr(pictures, "token_norms", recorded)
+    augmentation = tiny.multi_crop(mean=0.25, std=0.125)
+    extras = EncoderExtras(num_register_tokens=2)
+    model = tiny.model(backbone=vit(), augmentation=augmentation, extras=extras)
+    callback = Pictures(tiny.images(2, 32, 24), tmp_path, kinds=["norms"], image_size=(64, 48))
+    model.fit(tiny.images(), batch_size=tiny.B, verbose=0, callbacks=[callback])
+    for backbone, settings in seen:
+        assert backbone is model.teacher and settings["extras"] is model.teacher_extras
+        assert settings["extras"] is not None
+        assert (settings["mean"], settings["std"]) == (0.25, 0.125)
+        assert settings["image_size"] == (64, 48)
+    assert len(seen) == 2
 
 
 def test_ready_crops_have_no_picture_of_crops(tmp_path):

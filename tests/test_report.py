@@ -134,7 +134,7 @@ def test_times_are_spread_over_the_run():
     [
         ("settings.json", "There is no settings.json"),
         ("log.csv", "There is no log.csv"),
-        ("alarms.jsonl", "No alarm fired"),
+        ("alarms.jsonl", "No alarm was written"),
         ("results.json", "There is no results.json"),
         ("pictures", "There are no pictures"),
     ],
@@ -150,6 +150,56 @@ def test_damaged_parts_do_not_stop_it(run, name, content):
     (run / name).write_bytes(content)
     page = Page(write_report(run))
     assert "Curves" in page.text and "Settings" in page.text
+
+
+@pytest.mark.parametrize("name", ["settings.json", "log.csv", "alarms.jsonl", "results.json"])
+def test_a_folder_in_the_place_of_a_file_does_not_stop_it(run, name):
+    (run / name).unlink()
+    (run / name).mkdir()
+    page = Page(write_report(run))
+    assert "Curves" in page.text and "No alarm" not in page.text.replace("No alarm was", "")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "epoch,loss\n0,1\n1,2,3,4",
+        "epoch,loss\n0,1\n1," + "9" * 200_000,
+        "epoch,loss\nzero,1",
+        "epoch,loss\n0,1\n\x001,2",
+    ],
+    ids=["more fields than names", "an endless field", "no epoch", "a zero byte"],
+)
+def test_damaged_rows_do_not_stop_it(run, rows):
+    (run / "log.csv").write_text(rows)
+    assert "Curves" in Page(write_report(run)).text
+
+
+def test_several_k_are_all_shown(run):
+    (run / "log.csv").write_text("epoch,loss,knn_10,knn_20\n0,3,0.25,0.5\n1,2,0.3,0.6\n")
+    page = Page(write_report(run))
+    assert "k-NN 10 30 % first 25 %" in page.text and "k-NN 20 60 % first 50 %" in page.text
+    assert "No k-NN was logged" not in page.text
+    (run / "log.csv").write_text("epoch,loss\n0,3\n")
+    assert "No k-NN was logged" in Page(write_report(run)).text
+
+
+def test_alarms_say_no_more_than_is_known(run):
+    (run / "alarms.jsonl").write_text('{"kind": "one')
+    text = Page(write_report(run)).text
+    assert "Damaged lines in alarms.jsonl that may have held alarms: 1" in text
+    assert "No alarm" not in text
+
+
+def test_odd_names_and_damaged_pictures(run):
+    pictures = run / "pictures"
+    (pictures / "a_².png").write_bytes(b"")
+    whole = (pictures / "crops.png").read_bytes()
+    (pictures / "2nd kind_000001.png").write_bytes(whole)
+    (pictures / "broken_000001.png").write_bytes(whole[:40] + b"\x00" * 40 + whole[80:])
+    path = write_report(run)
+    assert "broken_000001.png cannot be read" in Page(path).text
+    assert "#times_2nd_kind_0:checked" in path.read_text()  # no selector starts with a digit
 
 
 def test_the_command(run, tmp_path, capsys):
