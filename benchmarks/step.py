@@ -61,7 +61,7 @@ def make_parts(model, images):
         return run(*inputs)
 
     def make_masks(crops):
-        return model.make_views(crops, True)[2:]
+        return model.make_views(crops, True)[2:4]
 
     def teach(crops):
         return encode(model.teacher, merge(crops["global_crops"]), extras=model.teacher_extras)

@@ -4,6 +4,7 @@ from keras_dinov3 import callbacks, convert, data, evaluation, losses, recipes, 
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.encoder import Tokens, encode, encode_layers
 from keras_dinov3.extras import EncoderExtras
+from keras_dinov3.gram import GramAnchor
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.model import DINOv3
@@ -17,6 +18,7 @@ __all__ = [
     "DINOHead",
     "DINOv3",
     "EncoderExtras",
+    "GramAnchor",
     "MultiCrop",
     "RandomMasking",
     "SoftmaxCentering",

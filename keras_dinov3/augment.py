@@ -103,10 +103,14 @@ class MultiCrop(keras.layers.Layer):
     Call arguments:
         images: Tensor of shape `(B, H, W, C)`, uint8 from 0 to 255 or float from 0 to 1. Under
             TensorFlow `B`, `H` and `W` may be unknown.
+        gram_scale: `None`, or a number. With it there are crops for a Gram teacher too: the boxes
+            and flips of the global crops, this many times as high and wide, normalised but
+            otherwise as they are in the image.
 
     Returns:
-        Dict of float32 tensors: `"global_crops"` of shape `(B, G, height, width, C)` and
-        `"local_crops"` of shape `(B, L, height, width, C)`.
+        Dict of float32 tensors: `"global_crops"` of shape `(B, G, height, width, C)`,
+        `"local_crops"` of shape `(B, L, height, width, C)`, and with `gram_scale` `"gram_crops"`
+        of shape `(B, G, gram_scale * height, gram_scale * width, C)`.
 
     Raises:
         ValueError: If an argument is outside the range given above, or the images are not of
@@ -172,7 +176,7 @@ class MultiCrop(keras.layers.Layer):
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self._check_arguments()
-        self._compiled_crops = backend.compiled(self._crops, static_argnames="view")
+        self._compiled_crops = backend.compiled(self._crops, static_argnames=("view", "size"))
         self._warned = False
         self.built = True  # no weights
 
@@ -194,52 +198,64 @@ class MultiCrop(keras.layers.Layer):
                     f"{2 * side - 1}. Without blur: `{view}_blur_probability=0`."
                 )
 
-    def __call__(self, images, **kwargs):
+    def __call__(self, images, gram_scale=None, **kwargs):
         check_value_range(images)
         if not backend.is_foreign_graph_tensor(images):
             images = backend.assert_in_graph(images, -0.5, 1.5, OUT_OF_RANGE)
-            return super().__call__(images, **kwargs)
+            return super().__call__(images, gram_scale=gram_scale, **kwargs)
         if images.shape.rank is None:
             raise ValueError(f"`images` must have a known rank. Received: {images}.")
         image_dtype(images)
-        shapes = self.compute_output_shape(tuple(images.shape))
+        shapes = self.compute_output_shape(tuple(images.shape), gram_scale)
 
         def call(images):
             check_value_range(images)
-            return self.call(images)
+            return self.call(images, gram_scale)
 
         return backend.call_in_tf_graph(call, images, shapes)
 
-    def call(self, images):
+    def call(self, images, gram_scale=None):
         self._check_shape(images.shape)
         batch, channels = ops.shape(images)[0], images.shape[-1]
         images = ops.convert_to_tensor(images)
         crops = {}
-        for view in ("global", "local"):
-            count = getattr(self, f"num_{view}_crops")
-            size = as_pair(getattr(self, f"{view}_crop_size"))
-            if count > 0:
-                draws = self._draw(batch * count)
-                crop = functools.partial(self._compiled_crops, view=view)
-                numbers = count * size[0] * size[1] * channels
-                crops[f"{view}_crops"] = backend.in_cache(crop, images, draws, size=numbers)
-            else:
+        for view, (count, size) in self._views(gram_scale).items():
+            if count == 0:
                 crops[f"{view}_crops"] = ops.zeros((batch, 0, *size, channels), "float32")
+                continue
+            if view != "gram":  # which comes after the global crops and has their boxes
+                draws = self._draw(batch * count)
+            crop = functools.partial(self._compiled_crops, view=view, size=size)
+            numbers = count * size[0] * size[1] * channels
+            crops[f"{view}_crops"] = backend.in_cache(crop, images, draws, size=numbers)
         return crops
 
-    def _crops(self, images, draws, view):
+    def _views(self, gram_scale):
+        """By view, the number of crops and their height and width; in the order of drawing."""
+        views = {}
+        for view in ("global", "local"):
+            size = as_pair(getattr(self, f"{view}_crop_size"))
+            views[view] = getattr(self, f"num_{view}_crops"), size
+            if view == "global" and gram_scale is not None:
+                if not are_numbers(gram_scale, np.finfo("float32").tiny, shapes=[()]):
+                    raise ValueError(
+                        f"`gram_scale` must be a positive number. Received: {gram_scale!r}."
+                    )
+                views["gram"] = views[view][0], tuple(round(gram_scale * side) for side in size)
+        return views
+
+    def _crops(self, images, draws, view, size):
         draws = split_draws(draws)
-        count, size, scale, blur_probability, solarize_probability = (
+        kind = "local" if view == "local" else "global"
+        count, scale, blur_probability, solarize_probability = (
             getattr(self, name)
             for name in (
-                f"num_{view}_crops",
-                f"{view}_crop_size",
-                f"{view}_crop_scale",
-                f"{view}_blur_probability",
-                f"{view}_solarize_probability",
+                f"num_{kind}_crops",
+                f"{kind}_crop_scale",
+                f"{kind}_blur_probability",
+                f"{kind}_solarize_probability",
             )
         )
-        size = as_pair(size)
         batch, height, width, channels = ops.shape(images)
         boxes = random_boxes(draws, height, width, scale, self.crop_aspect_ratio)
         boxes = [ops.reshape(x, (-1, count, 1)) for x in boxes]
@@ -255,7 +271,14 @@ class MultiCrop(keras.layers.Layer):
         x = cut_and_resize(x, *one_each[:2], size[1], longest[1], *how, one_each[2])
         x = ops.reshape(x, (-1, size[1], channels, size[0]))
         x = ops.clip(x, 0.0, 1.0)  # a bicubic kernel overshoots
+        if view != "gram":
+            x = self._distort(x, draws, count, blur_probability, solarize_probability)
+        x = ops.reshape(ops.transpose(x, (0, 3, 1, 2)), (-1, count, *size, channels))
+        return self.normalize(x)
 
+    def _distort(self, x, draws, count, blur_probability, solarize_probability):
+        """Colour, blur and solarization of crops `(N, S, C, S)`."""
+        channels = x.shape[2]
         planes = to_planes(x)
         if self.color_jitter_probability > 0 and any(self.color_jitter):
             jitter = draws["jitter"] < self.color_jitter_probability
@@ -271,9 +294,7 @@ class MultiCrop(keras.layers.Layer):
         if np.max(solarize_probability) > 0:
             solarized = happens(draws["solarize"], solarize_probability, count)
             x = solarize(x, self.solarize_threshold, solarized)
-
-        x = ops.reshape(ops.transpose(x, (0, 3, 1, 2)), (-1, count, *size, channels))
-        return self.normalize(x)
+        return x
 
     def _draw(self, count):
         """Uniform numbers in [0, 1): one row for each crop."""
@@ -337,20 +358,17 @@ class MultiCrop(keras.layers.Layer):
                 stacklevel=2,
             )
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape, gram_scale=None):
         self._check_shape(input_shape)
         batch, channels = input_shape[0], input_shape[-1]
-        views = {
-            "global_crops": (self.num_global_crops, self.global_crop_size),
-            "local_crops": (self.num_local_crops, self.local_crop_size),
-        }
         return {
-            name: (batch, count, *as_pair(size), channels) for name, (count, size) in views.items()
+            f"{view}_crops": (batch, count, *size, channels)
+            for view, (count, size) in self._views(gram_scale).items()
         }
 
-    def compute_output_spec(self, images):
+    def compute_output_spec(self, images, gram_scale=None):
         image_dtype(images)
-        shapes = self.compute_output_shape(images.shape)
+        shapes = self.compute_output_shape(images.shape, gram_scale)
         return {name: keras.KerasTensor(shape, "float32") for name, shape in shapes.items()}
 
     def get_config(self):

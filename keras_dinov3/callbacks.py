@@ -5,6 +5,7 @@ import math
 import keras
 
 from keras_dinov3.collapse import CollapseMonitor
+from keras_dinov3.gram import GramTeacher
 from keras_dinov3.monitors import KNN, LiDAR, RankMe, ScheduleLogger
 from keras_dinov3.online_probe import LinearProbe
 from keras_dinov3.pictures import Pictures
@@ -13,6 +14,7 @@ from keras_dinov3.schedules import check_range
 __all__ = [
     "CollapseMonitor",
     "DataOrder",
+    "GramTeacher",
     "KNN",
     "LiDAR",
     "LinearProbe",

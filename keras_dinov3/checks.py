@@ -9,6 +9,8 @@ from keras_dinov3.augment import MultiCrop, as_pair
 from keras_dinov3.encoder import grid_of
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import channels_of, check_backbone, patch_size_of
+from keras_dinov3.gram import GramAnchor
+from keras_dinov3.heads import DINOHead
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.schedules import check_range, is_count, is_zero
 from keras_dinov3.targets import SoftmaxCentering
@@ -81,6 +83,7 @@ def check_settings(model):
         )
     check_teacher(model)
     check_teacher_ema(model.teacher_ema, student, model.teacher)
+    check_gram(model)
     crops = crops_of(model.augmentation)
     for kind, (count, size) in crops.items():
         if count:
@@ -88,6 +91,25 @@ def check_settings(model):
                 grid_of(size, patch_size_of(backbone), f"{kind}_crop_size")
     if crops:
         check_pairs(crops["global"][0], crops["local"][0], model)
+
+
+def check_gram(model):
+    gram = model.gram
+    if gram is None:
+        return
+    if not isinstance(gram, GramAnchor):
+        raise ValueError(f"`gram` must be a `GramAnchor`, or None. Received: gram={gram!r}.")
+    if gram.is_live and patch_size_of(model.student) != patch_size_of(model.teacher):
+        raise ValueError(
+            'With `source="ema_teacher"` the Gram teacher sees the student\'s crops, so both need '
+            f"the same patch size. Received: {patch_size_of(model.student)} and "
+            f"{patch_size_of(model.teacher)}."
+        )
+    if gram.crop_scale is not None and model.augmentation is not None:
+        size = as_pair(model.augmentation.global_crop_size)
+        size = tuple(round(gram.crop_scale * side) for side in size)
+        backbone = model.teacher if gram.source == "teacher" else gram.source
+        grid_of(size, patch_size_of(backbone), "gram_crops")
 
 
 def check_chunks(chunk_size, head_sizes):
@@ -118,6 +140,7 @@ def check_teacher(model):
             "Student and teacher see the same crops, so they need the same channels. Received: "
             f"{channels_of(student)} and {channels_of(teacher)}."
         )
+    check_teacher_heads(model)
     sizes = [patch_size_of(backbone) for backbone in (student, teacher)]
     if sizes[0] != sizes[1] and not is_zero(model.ibot_weight):
         raise ValueError(
@@ -125,6 +148,33 @@ def check_teacher(model):
             f"Received: patch_size={sizes[0]} and {sizes[1]}. Class tokens "
             "alone: `ibot_weight=0, masking=None`."
         )
+
+
+def check_teacher_heads(model):
+    heads, sizes = model.teacher_heads, tuple(model.head_sizes.values())
+    if heads is None:
+        return
+    if not model.has_foreign_teacher:
+        raise ValueError(
+            "`teacher_heads` are of a teacher that is distilled. Received: them without a `teacher`"
+            " of its own and `teacher_ema=None`; a teacher that follows has the student's heads."
+        )
+    if not (isinstance(heads, (list, tuple)) and [type(h) for h in heads] == [DINOHead] * 2):
+        raise ValueError(f"`teacher_heads` must be two `DINOHead` layers. Received: {heads!r}.")
+    if tuple(head.num_prototypes for head in heads) != sizes:
+        raise ValueError(
+            "Student and teacher must have the same prototypes to be compared. Received: "
+            f"`teacher_heads` with {' and '.join(str(h.num_prototypes) for h in heads)} of them, "
+            f"num_prototypes={sizes[0]}, num_patch_prototypes={sizes[1]}."
+        )
+    for head in heads:
+        first = [*head.hidden_layers, head.bottleneck][0]
+        width = first.kernel.shape[0] if head.built else model.teacher.hidden_dim
+        if width != model.teacher.hidden_dim:
+            raise ValueError(
+                "`teacher_heads` must take the teacher's tokens. Received: a head for width "
+                f"{width}, and a teacher of width {model.teacher.hidden_dim}."
+            )
 
 
 def check_teacher_ema(teacher_ema, student, teacher, student_alone=None):
@@ -227,6 +277,11 @@ def check_batch(batch, model):
     check_pairs(num_global_crops, crops.get("local", (0,))[0], model)
     if "masks" not in arrays:
         check_masking(model, batch_size, num_global_crops, size)
+    if "gram_crops" in arrays and arrays["gram_crops"].shape[1] != num_global_crops:
+        raise ValueError(
+            "`gram_crops` must hold one crop for each global crop. Received: shapes "
+            f"{arrays['gram_crops'].shape} and {arrays['global_crops'].shape}."
+        )
     if not is_zero(model.koleo_weight) and batch_size <= model.koleo_top_k:
         raise ValueError(
             "KoLeo compares the images of a batch, so a batch needs at least "
@@ -242,6 +297,13 @@ def check_masking(model, batch_size, num_crops, size):
     if model.masking is not None:
         grid_size = grid_of(size, patch_size_of(model.student), "global_crops")
         num_masked = model.masking.num_masked(batch_size, num_crops, grid_size)
+    needs_masks = model.gram is not None and (model.gram.tokens != "all" or model.gram.log_parts)
+    if needs_masks and model.masking is None:
+        raise ValueError(
+            "A `GramAnchor` that tells masked from unmasked patches needs masks. Received: "
+            f"tokens={model.gram.tokens!r}, log_parts={model.gram.log_parts}, masking=None and "
+            "data without `masks`."
+        )
     if num_masked == 0 and not is_zero(model.ibot_weight):
         hides = "masking=None" if model.masking is None else "masking that hides no patch"
         raise ValueError(
@@ -252,12 +314,16 @@ def check_masking(model, batch_size, num_crops, size):
 
 
 def check_crops(crops, model):
-    unknown = set(crops) - {"global_crops", "local_crops", "masks"}
-    if unknown or "global_crops" not in crops:
+    needed = {"global_crops"}
+    if model.gram is not None and model.gram.crop_scale is not None:
+        needed.add("gram_crops")
+    unknown = set(crops) - needed - {"local_crops", "masks"}
+    if unknown or needed - set(crops):
         raise ValueError(
             'Ready crops are a dict with "global_crops" (B, G, S, S, C) and optionally '
-            '"local_crops" (B, L, s, s, C) and "masks" (B, G, N). '
-            f"Received: keys {sorted(crops)}."
+            '"local_crops" (B, L, s, s, C) and "masks" (B, G, N); for a `GramAnchor` with a Gram '
+            'teacher of its own also "gram_crops" (B, G, T, T, C), the same boxes, larger. '
+            f"Received: keys {sorted(crops)}; needed: {sorted(needed)}."
         )
     channels, patch_size = channels_of(model.student), patch_size_of(model.student)
     if crops["global_crops"].ndim > 1 and crops["global_crops"].shape[1] == 0:
@@ -267,7 +333,8 @@ def check_crops(crops, model):
         )
     for name in crops.keys() - {"masks"}:
         check_pixels(name, crops[name], channels, 5, normalized=True)
-        grid_of(crops[name].shape[2:4], patch_size, name)
+        backbone = model.gram.backbone if name == "gram_crops" else model.student
+        grid_of(crops[name].shape[2:4], patch_size_of(backbone), name)
     if "masks" in crops:
         masks, (height, width) = crops["masks"], crops["global_crops"].shape[2:4]
         num_patches = (height // patch_size) * (width // patch_size)

@@ -220,3 +220,10 @@ def is_interval(value):
         and all(isinstance(number, numbers.Real) for number in value)
         and 0 < value[0] < value[1] < math.inf
     )
+
+
+def extras_for(backbone, settings, name):
+    """An `EncoderExtras` layer of a backbone's own, with the settings of another or with none."""
+    config = {} if settings is None else settings.get_config()
+    config = {**config, "name": f"{name}_extras", "dtype": backbone.dtype_policy}
+    return EncoderExtras(**config).build_for(backbone)

@@ -239,6 +239,13 @@ def weight_places(backbone):
     return places
 
 
+def freeze_mask_token(backbone, extras):
+    """Leaves the mask token as it is, wherever it lies."""
+    for token in (parts_of(backbone).mask_token, extras.mask_token):
+        if token is not None:
+            token.trainable = False
+
+
 def settle_positions(backbone):
     """Puts trained position embeddings where a `DINOV2Backbone` saves them.
 

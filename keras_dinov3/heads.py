@@ -106,3 +106,26 @@ class DINOHead(keras.layers.Layer):
             name=name,
             **kwargs,
         )
+
+
+def make_heads(model, side):
+    """The DINO and the iBOT head of the student or the teacher of a `DINOv3`."""
+    width = getattr(model, side).hidden_dim
+    if side == "teacher" and model.teacher_heads is not None:
+        for head in model.teacher_heads:
+            if not head.built:
+                head.build((None, width))
+        return model.teacher_heads
+    heads = []
+    for kind, num_prototypes in model.head_sizes.items():
+        head = DINOHead(
+            num_prototypes,
+            model.head_hidden_dim,
+            model.head_bottleneck_dim,
+            model.head_num_layers,
+            dtype=model.student.dtype_policy,
+            name=f"{side}_{kind}_head",
+        )
+        head.build((None, width))
+        heads.append(head)
+    return heads

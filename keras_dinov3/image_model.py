@@ -1,5 +1,6 @@
 """What training on images adds to a `keras.Model`: data of any kind, named terms, saved seeds."""
 
+import inspect
 import random
 
 import keras
@@ -8,16 +9,17 @@ from keras import ops
 
 from keras_dinov3 import backend
 from keras_dinov3.batches import full_batches, inputs_of, is_arrays
-from keras_dinov3.callbacks import DataOrder, StopOnNonFinite, TeacherEMA
+from keras_dinov3.callbacks import DataOrder, GramTeacher, StopOnNonFinite, TeacherEMA
 from keras_dinov3.checks import check_batch, check_teacher_ema
+from keras_dinov3.families import copy_of
 from keras_dinov3.schedules import check_count, is_zero
 
 
 class ImageModel(keras.Model):
     """The user's side of `DINOv3`: `fit` and its like, what the logs show, what is saved.
 
-    A subclass has `student`, `teacher`, `augmentation`, `teacher_ema`, `seed`, and a weight
-    `step`; it calls `make_logs` once and `watch` in each step.
+    A subclass has `student`, `teacher`, `learned`, `augmentation`, `teacher_ema`, `gram`, `seed`,
+    and a weight `step`; it calls `make_logs` once and `watch` in each step.
     """
 
     train_shapes = test_shapes = None  # of the arrays of a batch; known once data have been seen
@@ -93,7 +95,8 @@ class ImageModel(keras.Model):
             epochs: Int.
             verbose: `"auto"`, 0, 1 or 2.
             callbacks: List of callbacks. The model's `teacher_ema` is added, unless a
-                `TeacherEMA` is among them, which then becomes the model's.
+                `TeacherEMA` is among them, which then becomes the model's; and so is the rule of
+                its `gram`, unless a `GramTeacher` is.
             validation_data: Like `x`, but no generator; the loss terms are computed on it.
             shuffle: Whether arrays are shuffled for each epoch, in an order that follows from
                 `seed` (or a number that the model draws once and saves) and the model's step.
@@ -127,8 +130,10 @@ class ImageModel(keras.Model):
         for callback in callbacks:
             if isinstance(callback, TeacherEMA):
                 self.teacher_ema = callback
-        if self.teacher_ema is not None and self.teacher_ema not in callbacks:
-            callbacks.append(self.teacher_ema)
+            if isinstance(callback, GramTeacher):
+                self.set_gram_teacher(callback)
+        rules = [self.teacher_ema, None if self.gram is None else self.gram.refresh]
+        callbacks += [rule for rule in rules if rule is not None and rule not in callbacks]
         self.bad_since.assign([0] * len(self.term_means))
         in_order = getattr(x, "position", None) is not None
         if in_order:
@@ -203,6 +208,17 @@ class ImageModel(keras.Model):
             self.train_function = None  # traced with another rule
         super().__setattr__(name, value)
 
+    def set_gram_teacher(self, rule):
+        if self.gram is None or self.gram.source != "teacher":
+            raise ValueError(
+                "`GramTeacher` copies the EMA teacher, which needs a model made with "
+                '`gram=GramAnchor(source="teacher")`. Received: a model with gram='
+                f"{self.gram and self.gram.source!r}."
+            )
+        if rule is not self.gram.refresh:
+            self.gram.refresh = rule
+            self.train_function = self.test_function = None  # traced with another rule
+
     def make_logs(self, **weights):
         """Makes a running mean for each loss term whose weight is not the number 0."""
         self.term_means = [
@@ -234,6 +250,46 @@ class ImageModel(keras.Model):
         return [
             mean.name for mean, s in zip(self.term_means, since, strict=True) if s == step
         ], step
+
+    def export_backbone(self):
+        """What was learned, as a plain Keras Hub backbone of its own, trainable.
+
+        It is the teacher; if a frozen teacher was distilled, the student.
+
+        Raises:
+            ValueError: If its features need what the backbone's class has no place for.
+        """
+        backbone, extras = self.learned
+        extras.check_export(backbone)
+        return copy_of(backbone)
+
+    @classmethod
+    def arguments(cls):
+        """Names of the arguments of the method, without the backbone."""
+        return tuple(inspect.signature(cls.__init__).parameters)[2:-1]
+
+    def get_config(self):
+        config = super().get_config()
+        config.pop("dtype")  # the backbone's
+        for name in self.arguments():
+            config[name] = keras.saving.serialize_keras_object(getattr(self, name))
+        config["backbone"] = keras.saving.serialize_keras_object(self.student)
+        if not self.has_foreign_teacher:
+            config["teacher"] = None  # a copy of the student until its weights are loaded
+        config["frozen"] = [i for i, w in enumerate(self.student.weights) if not w.trainable]
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        objects = {
+            name: keras.saving.deserialize_keras_object(config[name])
+            for name in ("backbone", *cls.arguments())
+        }
+        settings = {key: value for key, value in config.items() if key != "frozen"}
+        model = cls(**{**settings, **objects})
+        for index in config["frozen"]:  # Keras itself keeps only whether the whole backbone is
+            model.student.weights[index].trainable = False
+        return model
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

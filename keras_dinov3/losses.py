@@ -145,7 +145,7 @@ def koleo_loss(features, top_k=1, distance="euclidean"):
     return -ops.mean(ops.log(distances), axis=-1)
 
 
-def gram_loss(y_true, y_pred, normalize=True, per_image=True, negatives="keep"):
+def gram_loss(y_true, y_pred, normalize=True, per_image=True, negatives="keep", weights=None):
     """Mean squared difference of two Gram matrices, that is, of patch similarities.
 
     Args:
@@ -159,6 +159,9 @@ def gram_loss(y_true, y_pred, normalize=True, per_image=True, negatives="keep"):
             `(patches, D)`. Defaults to `True`.
         negatives: `"keep"` all similarities, `"remove"` negative ones (set them to 0 on both
             sides), or `"remove_teacher"`: only the teacher's. Defaults to `"keep"`.
+        weights: What each patch weighs, of shape `(B, N)` or `(patches,)`; a pair weighs the
+            product, and the mean over pairs is a weighted one, 0 if all weights are 0. Defaults to
+            `None`: all the same.
 
     Returns:
         float32 tensor of shape `(B,)`, or a scalar if `per_image` is false.
@@ -169,7 +172,7 @@ def gram_loss(y_true, y_pred, normalize=True, per_image=True, negatives="keep"):
     Reference:
         [Siméoni et al., 2025](https://arxiv.org/abs/2508.10104), section 4.2.
     """
-    _check_negatives(negatives)
+    check_negatives(negatives)
     if per_image:
         _check_rank(3, "(B, N, D)", y_true=y_true, y_pred=y_pred)
     else:
@@ -188,7 +191,14 @@ def gram_loss(y_true, y_pred, normalize=True, per_image=True, negatives="keep"):
 
     teacher = similarities(y_true, negatives in ("remove", "remove_teacher"))
     student = similarities(y_pred, negatives == "remove")
-    return ops.mean(ops.square(student - teacher), axis=(-2, -1))
+    squares = ops.square(student - teacher)
+    if weights is None:
+        return ops.mean(squares, axis=(-2, -1))
+    _check_equal_axes(range(len(y_true.shape) - 1), "weights and patches", y_true, weights)
+    weights = ops.reshape(ops.cast(weights, "float32"), (*squares.shape[:-1], 1))
+    total = ops.sum(weights, axis=(-2, -1))
+    squares = ops.matmul(ops.swapaxes(weights, -1, -2), ops.matmul(squares, weights))
+    return ops.squeeze(squares, (-2, -1)) / ops.maximum(ops.square(total), 1e-12)
 
 
 def l2_normalize(x, epsilon=1e-12):
@@ -322,7 +332,7 @@ class GramLoss(_Float32Loss):
     """
 
     def __init__(self, normalize=True, per_image=True, negatives="keep", **kwargs):
-        _check_negatives(negatives)
+        check_negatives(negatives)
         super().__init__(**kwargs)
         self.normalize = normalize
         self.per_image = per_image
@@ -357,7 +367,7 @@ def _check_koleo_options(top_k, distance):
         )
 
 
-def _check_negatives(negatives):
+def check_negatives(negatives):
     if negatives not in ("keep", "remove", "remove_teacher"):
         raise ValueError(
             '`negatives` must be "keep", "remove" or "remove_teacher". '

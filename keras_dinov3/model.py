@@ -1,7 +1,5 @@
 """`DINOv3`: the whole training step, to be read from top to bottom."""
 
-import inspect
-
 import keras
 from keras import ops
 
@@ -10,9 +8,15 @@ from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.checks import check_mask_shape, check_settings, crops_of
 from keras_dinov3.encoder import View, encode, encode_views, grid_of, merge
-from keras_dinov3.extras import EncoderExtras
-from keras_dinov3.families import check_backbone, copy_of, patch_size_of, settle_positions
-from keras_dinov3.heads import DINOHead
+from keras_dinov3.extras import extras_for
+from keras_dinov3.families import (
+    check_backbone,
+    copy_of,
+    freeze_mask_token,
+    patch_size_of,
+    settle_positions,
+)
+from keras_dinov3.heads import make_heads
 from keras_dinov3.image_model import ImageModel, spread
 from keras_dinov3.losses import koleo_loss
 from keras_dinov3.masking import BlockMasking, masked_slots
@@ -29,7 +33,8 @@ class DINOv3(ImageModel):
     A student sees masked global crops and local crops of each image, a teacher the whole
     global crops. Class tokens are compared across crops (DINO), masked patches with the
     teacher's view of them (iBOT), and KoLeo spreads the class tokens. The teacher is the
-    moving average of the student and is what `export_backbone` returns.
+    moving average of the student and is what `export_backbone` returns. Or a frozen teacher of its
+    own is distilled into the student, which `export_backbone` then returns.
 
     Args:
         backbone: `DINOV3Backbone` or `DINOV2Backbone` of `keras_hub.models`, built with
@@ -69,10 +74,14 @@ class DINOv3(ImageModel):
         extras: `EncoderExtras` with what the backbone's class lacks: registers for a ViT, untied
             norms, varied rotary positions and more. `None`: nothing.
         teacher: Backbone to start the teacher from. `None`: a copy of `backbone`. With
-            `teacher_ema=None` it stays as it is, and `extras` are the student's alone.
+            `teacher_ema=None` it is distilled: it stays as it is, `extras` are the student's
+            alone, and the student sees the masked patches too, whose loss stays.
+        teacher_heads: Pair of `DINOHead`s, for class tokens and for patches, of a teacher that is
+            distilled: trained with it, of any width. `None`: new ones.
         teacher_ema: `callbacks.TeacherEMA`; `"default"` is one with its defaults. `None`: the
-            teacher is frozen, for distillation. A `TeacherEMA` among `fit`'s callbacks
-            takes its place.
+            teacher is frozen. A `TeacherEMA` among `fit`'s callbacks takes its place.
+        gram: `GramAnchor`, which holds patch similarities to those of a frozen backbone. `None`: no
+            such loss.
         prototype_chunk_size: Int, a divisor of both numbers of prototypes. Logits are then made
             and compared for that many prototypes at a time, in the backward pass once more: the
             same losses and gradients in less memory and more time. `None`: all at once.
@@ -82,11 +91,12 @@ class DINOv3(ImageModel):
     Call arguments:
         inputs: Images `(B, H, W, C)`, uint8 0-255 or float 0-1. Or a dict of ready,
             normalised crops: `"global_crops"` `(B, G, S, S, C)`, optionally `"local_crops"`
-            `(B, L, s, s, C)` and `"masks"` `(B, G, N)`, bool, true where hidden.
+            `(B, L, s, s, C)` and `"masks"` `(B, G, N)`, bool, true where hidden; with a `gram`
+            also `"gram_crops"` `(B, G, T, T, C)`.
 
     Logs:
-        `loss`, `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`: the total,
-        and the unweighted mean of each term whose weight is not the number 0.
+        `loss`, `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`, `gram_loss`: the
+        total, and the unweighted mean of each term whose weight is not the number 0.
 
     Raises:
         TypeError: If `backbone` is of no supported family.
@@ -125,7 +135,9 @@ class DINOv3(ImageModel):
         koleo_distance="euclidean",
         extras=None,
         teacher=None,
+        teacher_heads=None,
         teacher_ema="default",
+        gram=None,
         prototype_chunk_size=None,
         seed=None,
         **kwargs,
@@ -162,7 +174,9 @@ class DINOv3(ImageModel):
         self.koleo_crops = koleo_crops
         self.koleo_distance = koleo_distance
         self.extras = extras
+        self.teacher_heads = teacher_heads
         self.teacher_ema = teacher_ema
+        self.gram = gram
         self.prototype_chunk_size = prototype_chunk_size
         self.seed = seed
         self.student = backbone
@@ -170,15 +184,19 @@ class DINOv3(ImageModel):
         self.has_foreign_teacher = teacher is not None and teacher_ema is None
         check_settings(self)
 
-        self.student_extras = self.make_extras("student", self.student, extras)
+        self.student_extras = extras_for(self.student, extras, "student")
         extras = None if self.has_foreign_teacher else extras
-        self.teacher_extras = self.make_extras("teacher", self.teacher, extras)
-        self.student_dino_head, self.student_ibot_head = self.make_heads("student", self.student)
-        self.teacher_dino_head, self.teacher_ibot_head = self.make_heads("teacher", self.teacher)
+        self.teacher_extras = extras_for(self.teacher, extras, "teacher")
+        self.student_dino_head, self.student_ibot_head = make_heads(self, "student")
+        self.teacher_dino_head, self.teacher_ibot_head = make_heads(self, "teacher")
         for student, teacher in self.student_and_teacher:
             teacher.trainable = False
             if student is not backbone and teacher_ema is not None:
                 teacher.set_weights(student.get_weights())
+        if gram is not None:
+            gram.build_for(self.teacher, self.teacher_extras)
+        if self.has_foreign_teacher:
+            freeze_mask_token(self.student, self.student_extras)  # nothing is hidden from it
         set_roles(*(student for student, _ in self.student_and_teacher))
         self.class_targets = make_targets(centering, num_prototypes, sinkhorn_iterations)
         self.patch_targets = make_targets(centering, self.head_sizes["ibot"], sinkhorn_iterations)
@@ -190,6 +208,7 @@ class DINOv3(ImageModel):
             dino_local_loss=dino_weight if crops.get("local") != 0 else 0,
             ibot_loss=ibot_weight,
             koleo_loss=koleo_weight,
+            **({} if gram is None else gram.log_weights()),
         )
         self.built = True
 
@@ -198,14 +217,15 @@ class DINOv3(ImageModel):
             return backend.step_then(self, super().train_step, args, self.update_teacher)
 
     def call(self, inputs, training=False):
-        global_crops, local_crops, masks, slots = self.make_views(inputs, training)
+        global_crops, local_crops, masks, slots, gram_crops = self.make_views(inputs, training)
         batch_size, chunk = global_crops.shape[0], self.prototype_chunk_size
 
         def by_image(tokens):
             return ops.reshape(tokens.cls, (batch_size, -1, tokens.cls.shape[-1]))
 
         teacher = encode(self.teacher, merge(global_crops), extras=self.teacher_extras)
-        student, *local = self.study(global_crops, local_crops, masks, training)
+        hidden = None if self.has_foreign_teacher else masks
+        student, *local = self.study(global_crops, local_crops, hidden, training)
         class_tokens = [by_image(tokens) for tokens in (student, *local)]
         logits = project_all(self.student_dino_head, class_tokens, chunk)
         outputs = {
@@ -219,6 +239,10 @@ class DINOv3(ImageModel):
             outputs["student_patches"] = project(self.student_ibot_head, student_patches, chunk)
             outputs["teacher_patches"] = project(self.teacher_ibot_head, teacher_patches, chunk)
             outputs["slots"] = slots
+        if self.gram is not None:
+            grid_size = grid_of(global_crops.shape[2:4], patch_size_of(self.student), "crops")
+            targets = self.gram.targets(gram_crops, grid_size, teacher.patches, self.step)
+            outputs["gram"] = student.patches, targets, masks  # (B * G, N, D), also (B, G, N)
         return outputs
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -265,7 +289,9 @@ class DINOv3(ImageModel):
             ]
             terms["koleo_loss"] = ops.mean(ops.stack(losses))
             weights["koleo_loss"] = value_at(self.koleo_weight, self.step) * num_crops
-
+        if "gram" in outputs:
+            losses, gram_weights = self.gram.losses_of(*outputs["gram"], self.step)
+            terms, weights = terms | losses, weights | gram_weights
         return sum(weights[name] * terms[name] for name in terms), terms
 
     def update_teacher(self, ticks):
@@ -277,15 +303,18 @@ class DINOv3(ImageModel):
             for student, teacher in self.student_and_teacher:
                 backend.move_towards(teacher.weights, student.weights, momentum)
         self.step.assign_add(ops.cast(ticks, "int32"))
+        if self.gram is not None:
+            self.gram.follow(self.teacher, self.teacher_extras, self.step, ticks)
 
     # What the step is made of
 
     def make_views(self, inputs, training):
-        """Crops, masks and slots of masked patches: `(B, G, ...)`, `(B, L, ...)`, `(B, G, N)`."""
+        """Global and local crops, masks, slots of masked patches, and crops for `gram`."""
         shapes = self.train_shapes if training else self.test_shapes
         crops = inputs = backend.declare_shapes(inputs, shapes)
         if not isinstance(inputs, dict):
-            crops = self.augmentation(inputs)
+            gram_scale = None if self.gram is None else self.gram.crop_scale
+            crops = self.augmentation(inputs, gram_scale=gram_scale)
         global_crops, local_crops = crops["global_crops"], crops.get("local_crops")
         if local_crops is not None and local_crops.shape[1] == 0:
             local_crops = None
@@ -305,7 +334,7 @@ class DINOv3(ImageModel):
             slots = masked_slots(masks, num_masked, self.ibot_average, exact=True)
         if is_zero(self.ibot_weight):
             slots = None
-        return global_crops, local_crops, masks, slots
+        return global_crops, local_crops, masks, slots, crops.get("gram_crops")
 
     def study(self, global_crops, local_crops, masks, training):
         """The student's tokens of masked global crops and, if there are any, of local ones."""
@@ -322,33 +351,18 @@ class DINOv3(ImageModel):
             self.remat,
         )
 
-    def make_heads(self, name, backbone):
-        """The DINO and the iBOT head of one side."""
-        heads = []
-        for kind, num_prototypes in self.head_sizes.items():
-            head = DINOHead(
-                num_prototypes,
-                self.head_hidden_dim,
-                self.head_bottleneck_dim,
-                self.head_num_layers,
-                dtype=self.student.dtype_policy,
-                name=f"{name}_{kind}_head",
-            )
-            head.build((None, backbone.hidden_dim))
-            heads.append(head)
-        return heads
-
-    def make_extras(self, name, backbone, extras):
-        """The `EncoderExtras` of one side, with the settings of `extras`."""
-        config = {} if extras is None else extras.get_config()
-        config = {**config, "name": f"{name}_extras", "dtype": backbone.dtype_policy}
-        return EncoderExtras(**config).build_for(backbone)
-
     @property
     def head_sizes(self):
         """Prototypes of each head."""
         num_patch_prototypes = self.num_patch_prototypes or self.num_prototypes
         return {"dino": self.num_prototypes, "ibot": num_patch_prototypes}
+
+    @property
+    def learned(self):
+        """The backbone that training makes, and its extras: the student's if it is distilled."""
+        if self.has_foreign_teacher:
+            return self.student, self.student_extras
+        return self.teacher, self.teacher_extras
 
     @property
     def student_and_teacher(self):
@@ -359,40 +373,3 @@ class DINOv3(ImageModel):
             (self.student_dino_head, self.teacher_dino_head),
             (self.student_ibot_head, self.teacher_ibot_head),
         ]
-
-    # In and out
-
-    def export_backbone(self):
-        """The teacher as a plain Keras Hub backbone of its own: trainable, free of this model.
-
-        Raises:
-            ValueError: If its features need what the backbone's class has no place for.
-        """
-        self.teacher_extras.check_export(self.teacher)
-        return copy_of(self.teacher)
-
-    def get_config(self):
-        config = super().get_config()
-        config.pop("dtype")  # the backbone's
-        for name in ARGUMENTS:
-            config[name] = keras.saving.serialize_keras_object(getattr(self, name))
-        config["backbone"] = keras.saving.serialize_keras_object(self.student)
-        if not self.has_foreign_teacher:
-            config["teacher"] = None  # a copy of the student until its weights are loaded
-        config["frozen"] = [i for i, w in enumerate(self.student.weights) if not w.trainable]
-        return config
-
-    @classmethod
-    def from_config(cls, config):
-        objects = {
-            name: keras.saving.deserialize_keras_object(config[name])
-            for name in ("backbone", *ARGUMENTS)
-        }
-        settings = {key: value for key, value in config.items() if key != "frozen"}
-        model = cls(**{**settings, **objects})
-        for index in config["frozen"]:  # Keras itself keeps only whether the whole backbone is
-            model.student.weights[index].trainable = False
-        return model
-
-
-ARGUMENTS = tuple(inspect.signature(DINOv3.__init__).parameters)[2:-1]  # after self, backbone

@@ -119,13 +119,14 @@ class FeatureMonitor(Monitor):
             getattr(augmentation, name, None) if value is None else value
             for name, value in (("mean", self.mean), ("std", self.std))
         )
+        backbone, extras = self.model.learned
         self._extractor = FeatureExtractor(
-            self.model.teacher,
+            backbone,
             feature=self.feature,
             mean=mean,
             std=std,
             image_size=self.image_size,
-            extras=self.model.teacher_extras,
+            extras=extras,
         )
 
     def labelled_features(self, side):

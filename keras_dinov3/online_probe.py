@@ -106,7 +106,7 @@ class LinearProbe(FeatureMonitor):
         return checked_labels("labels", labels, len(labels))
 
     def make_classifier(self):
-        width = self.model.teacher.hidden_dim * (2 if self.feature == "cls_mean_patch" else 1)
+        width = self.model.learned[0].hidden_dim * (2 if self.feature == "cls_mean_patch" else 1)
         layers = [
             keras.layers.BatchNormalization(center=False, scale=False, momentum=0.9),
             # Zeros: any start will do, and none is drawn, which would move the run's random state.

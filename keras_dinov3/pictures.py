@@ -83,7 +83,7 @@ class Pictures(Monitor):
         settings = {
             **self._normalization,
             "image_size": self.image_size,
-            "extras": self.model.teacher_extras,
+            "extras": self.model.learned[1],
         }
         for kind in self.kinds:
             path = self.path / f"{kind}_{epoch:06d}.png"
@@ -93,20 +93,20 @@ class Pictures(Monitor):
 
     def figure(self, kind, settings):
         """The Matplotlib figure of a kind, now."""
-        teacher, images = self.model.teacher, self.images
+        backbone, images = self.model.learned[0], self.images
         if kind == "patch_pca":
-            return patch_pca_figure(images, patch_pca(teacher, images, **settings))
+            return patch_pca_figure(images, patch_pca(backbone, images, **settings))
         if kind == "similarity":
             patch = self.middle(settings)
             return similarity_figure(
-                images, patch_similarity(teacher, images, patch, **settings), patch
+                images, patch_similarity(backbone, images, patch, **settings), patch
             )
         if kind == "attention":
-            return attention_figure(images, attention_maps(teacher, images, **settings))
-        return norms_figure(images, token_norms(teacher, images, **settings))
+            return attention_figure(images, attention_maps(backbone, images, **settings))
+        return norms_figure(images, token_norms(backbone, images, **settings))
 
     def middle(self, settings):
-        grid = patch_pca(self.model.teacher, self.images[:1], **settings).shape[1:3]
+        grid = patch_pca(self.model.learned[0], self.images[:1], **settings).shape[1:3]
         return tuple(n // 2 for n in grid)
 
     def measure(self):

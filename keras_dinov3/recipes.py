@@ -246,7 +246,7 @@ RECIPES = {
             {
                 "backbone": {
                     "class": "DINOV3Backbone",
-                    "num_layers": 6,
+                    "num_layers": 4,
                     "hidden_dim": 128,
                     "num_heads": 2,
                     "intermediate_dim": 512,

@@ -137,12 +137,18 @@ def part(arrays, prefix):
 
 
 def gradients_of(function, weights, names):
-    """`function() -> scalar`: its value, and gradients in the reference's layouts by name."""
+    """`function() -> scalar`: its value, and gradients in the reference's layouts by name.
+
+    They are zeros where the value does not depend on a weight, as in the reference.
+    """
     variables = [variable for name in names for variable in weights[name].variables]
     value, flat = variable_gradients(function, variables)
     flat, gradients = iter(flat), {}
     for name in names:
-        parts = [next(flat) for _ in weights[name].variables]
+        parts = [
+            np.zeros(variable.shape, "float32") if gradient is None else gradient
+            for variable, gradient in zip(weights[name].variables, flat, strict=False)
+        ]
         gradients[name] = weights[name].pack(parts)
     return value, gradients
 

@@ -547,10 +547,10 @@ def test_many_images_at_once_get_the_crops_of_few():
     images = RNG.integers(0, 256, (9, 70, 80, 3), dtype="uint8")
     crops = layer(images)
     rewind(layer)
-    for name, count in (("global", 3), ("local", 2)):
+    for name, count, size in (("global", 3, (64, 64)), ("local", 2, (40, 40))):
         draws = layer._draw(9 * count)
         few = ops.convert_to_tensor(images[7:])
-        expected = layer._crops(few, draws[7 * count :], view=name)
+        expected = layer._crops(few, draws[7 * count :], view=name, size=size)
         close(numpy(crops[f"{name}_crops"])[7:], numpy(expected), 0, 1e-5, name)
 
 
@@ -811,3 +811,34 @@ def test_mean_and_std_must_fit_the_channels():
         MultiCrop(12, 9, mean=(0.5, 0.5))(IMAGES)
     with pytest.raises(ValueError, match="`std` must be one number or one per channel"):
         MultiCrop(12, 9, std=(0.5, 0.5)).normalize(IMAGES)
+
+
+def test_crops_for_a_gram_teacher_are_the_same_boxes_undistorted():
+    settings = {"global_crop_size": (12, 18), "local_crop_size": (10, 11), "num_local_crops": 3}
+    layer = MultiCrop(**settings, mean=0.5, std=0.25, seed=3)
+    expected = layer(IMAGES)
+    rewind(layer)
+    found = layer(IMAGES, gram_scale=2)
+    assert found["gram_crops"].shape == (2, 2, 24, 36, 3)
+    for name, crops in expected.items():  # nothing else is drawn
+        np.testing.assert_array_equal(numpy(found[name]), numpy(crops))
+    # The same boxes and flips: without distortion, at the same size, they are the global crops.
+    plain = MultiCrop(**settings, **{**PLAIN, "flip_probability": 0.5, "mean": 0.5, "std": 0.25})
+    plain.seed_generator.state.assign(np.array([3, 0], "int32"))
+    undistorted = plain(IMAGES, gram_scale=1)
+    close(undistorted["gram_crops"], numpy(undistorted["global_crops"]), 0, 1e-6)
+    rewind(layer)
+    same_size = layer(IMAGES, gram_scale=1)
+    close(same_size["gram_crops"], numpy(undistorted["gram_crops"]), 0, 1e-6)
+    with pytest.raises(ValueError, match="`gram_scale` must be a positive number"):
+        layer(IMAGES, gram_scale=0)
+
+
+def test_crops_for_a_gram_teacher_in_a_pipeline():
+    layer = MultiCrop(global_crop_size=(12, 18), local_crop_size=(10, 11), seed=3)
+    expected = layer(IMAGES, gram_scale=1.5)
+    rewind(layer)
+    data = tf.data.Dataset.from_tensors(IMAGES).map(lambda x: layer(x, gram_scale=1.5))
+    assert data.element_spec["gram_crops"].shape == (2, 2, 18, 27, 3)
+    (found,) = data.as_numpy_iterator()
+    close(found["gram_crops"], numpy(expected["gram_crops"]), 0, 1e-5)

@@ -22,6 +22,8 @@ class Lines(keras.layers.Layer):
 class Pair:
     """The least that `DINOv3.update_teacher` works on."""
 
+    gram = None
+
     def __init__(self, momentum, student, teacher):
         self.teacher_ema = TeacherEMA(momentum)
         self.student, self.teacher = Lines(student), Lines(teacher)

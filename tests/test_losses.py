@@ -365,6 +365,24 @@ def test_gram_equals_slow_loops_also_for_another_width(normalize, negatives):
     close(gram_loss(y_true, y_pred, normalize, False, negatives), np.array(expected), 1e-5, 0)
 
 
+@pytest.mark.parametrize("per_image", [True, False])
+def test_gram_of_chosen_patches_is_that_of_these_alone(per_image):
+    y_true, y_pred = normal(B, N, D, seed=1), normal(B, N, D)
+    chosen = np.zeros((B, N), "float32")
+    chosen[:, 1:4] = 1
+    found = gram_loss(y_true, y_pred, per_image=per_image, weights=chosen)
+    expected = gram_loss(y_true[:, 1:4], y_pred[:, 1:4], per_image=per_image)
+    close(found, numpy(expected), 1e-5, 1e-7)
+    none = gram_loss(y_true, y_pred, per_image=per_image, weights=0 * chosen)
+    close(none, 0 * numpy(expected), 0, 0)
+    close(
+        gram_loss(y_true, y_pred, per_image=per_image, weights=3 + 0 * chosen),
+        numpy(gram_loss(y_true, y_pred, per_image=per_image)),
+        1e-5,
+        1e-7,
+    )
+
+
 def test_gram_of_equal_or_rotated_features_is_zero():
     x = normal(B, N, D)
     rotation = np.linalg.qr(normal(D, D, seed=2))[0]

@@ -9,12 +9,11 @@ import meta
 import numpy as np
 import pytest
 import tiny
-from golden import Golden, close, numpy
+from golden import close, numpy
+from golden_model import golden_model
 from keras import ops
 
 import keras_dinov3 as kd
-from keras_dinov3.families import swiglu_width
-from keras_dinov3.model import ARGUMENTS
 
 TERMS = {"loss", "dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss"}
 BACKEND = keras.config.backend()
@@ -43,54 +42,6 @@ class Counting(kd.DINOv3):
 
 
 # The reference's whole step
-
-
-def golden_model(name):
-    golden = Golden(name)
-    h = golden.hyperparameters
-    is_gated, width = h.get("ffn") == "swiglu", h["embed_dim"]
-    model = kd.DINOv3(
-        keras_hub.models.DINOV3Backbone(
-            patch_size=h["patch"],
-            num_layers=h["depth"],
-            hidden_dim=width,
-            num_heads=h["num_heads"],
-            intermediate_dim=swiglu_width(width, 3) if is_gated else 4 * width,
-            use_gated_mlp=is_gated,
-            hidden_activation="silu" if is_gated else "gelu",
-            use_key_bias=not h.get("maskk", False),
-            num_register_tokens=h["storage"],
-            image_shape=(h["gs"], h["gs"], 3),
-            layer_norm_eps=1e-5 if h.get("norm") == "layernormbf16" else 1e-6,
-        ),
-        num_prototypes=h["K"],
-        num_patch_prototypes=h["Kp"],
-        head_hidden_dim=h["hid"],
-        head_bottleneck_dim=h["bot"],
-        head_num_layers=h["n_head_layers"],
-        student_temperature=h["student_temp"],
-        teacher_temperature=h["teacher_temp"],
-        dino_weight=h["dino_loss_weight"],
-        local_weight=h.get("local_loss_weight", 1.0),
-        ignore_diagonal=h["global_ignore_diagonal"],
-        ibot_weight=h["ibot_loss_weight"],
-        koleo_weight=h["koleo_loss_weight"],
-        extras=kd.EncoderExtras(untie_local_cls_norm=h.get("untiegl", False)),
-        augmentation=None,
-        masking=None,
-    )
-    for side in ("student", "teacher"):
-        meta.load(meta.model_weights(model, side), golden.arrays, f"{side}/")
-
-    def image_major(x, num_crops):  # from rows [crop 0 of all images, crop 1 of all images, ...]
-        return np.moveaxis(x.reshape(num_crops, h["B"], *x.shape[1:]), 0, 1)
-
-    crops = {
-        name: image_major(golden[f"in/{name}"].transpose(0, 2, 3, 1), count)
-        for name, count in (("global_crops", 2), ("local_crops", h["nl"]))
-    }
-    crops["masks"] = image_major(golden["in/masks"], 2)
-    return golden, model, crops
 
 
 @pytest.mark.parametrize("name", ["fb_step", "fb_step_variant"])
@@ -291,11 +242,13 @@ def test_every_argument_is_in_the_config():
         "koleo_distance": "cosine",
         "extras": kd.EncoderExtras(untie_cls_norm=True, rope_rescale=2.0),
         "teacher": tiny.backbone(),
+        "teacher_heads": None,
         "teacher_ema": kd.callbacks.TeacherEMA(0.5),
+        "gram": kd.GramAnchor(start_step=3, weight=kd.WarmupCosine(2.0, 9), negatives="remove"),
         "prototype_chunk_size": 3,
         "seed": 8,
     }
-    assert set(arguments) == set(ARGUMENTS)
+    assert set(arguments) == set(kd.DINOv3.arguments())
     model = kd.DINOv3(tiny.backbone(), **arguments)
     config = json.loads(json.dumps(model.get_config()))
     copy = kd.DINOv3.from_config(config)
