@@ -97,14 +97,15 @@ def distilled(trained, **config):
 
 def test_a_teacher_with_the_heads_it_was_trained_with(tmp_path):
     trained = tiny.model(backbone=tiny.backbone(hidden_dim=48))
-    trained.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0)
     model = distilled(trained)
-    images = ops.convert_to_tensor(tiny.crops()["global_crops"])
-    inputs = {"global_crops": images}
-    expected = trained(inputs)["teacher_global"]
-    np.testing.assert_allclose(numpy(model(inputs)["teacher_global"]), numpy(expected), atol=1e-6)
+    tokens = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(5, 48)), "float32")
+    for head, old in (
+        (model.teacher_dino_head, trained.teacher_dino_head),
+        (model.teacher_ibot_head, trained.teacher_ibot_head),
+    ):
+        np.testing.assert_array_equal(numpy(head(tokens)), numpy(old(tokens)))
     frozen = [numpy(w).copy() for w in (*model.teacher.weights, *model.teacher_dino_head.weights)]
-    model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0)
+    model.fit(tiny.images(), batch_size=tiny.B, verbose=0)
     after = [numpy(w) for w in (*model.teacher.weights, *model.teacher_dino_head.weights)]
     for a, b in zip(frozen, after, strict=True):
         np.testing.assert_array_equal(a, b)
