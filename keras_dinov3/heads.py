@@ -115,6 +115,9 @@ def make_heads(model, side):
         for head in model.teacher_heads:
             if not head.built:
                 head.build((None, width))
+            # Under TensorFlow, Keras does not reach the layers of a head that was made frozen.
+            for layer in (*head.hidden_layers, head.bottleneck, head.prototypes):
+                layer.trainable = False
         return model.teacher_heads
     heads = []
     for kind, num_prototypes in model.head_sizes.items():

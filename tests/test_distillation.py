@@ -111,6 +111,8 @@ def test_a_teacher_with_the_heads_it_was_trained_with(tmp_path):
         np.testing.assert_array_equal(a, b)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for side in (model, loaded):
+        assert not [v.path for v in side.trainable_variables if "teacher" in v.path]
     batch = tiny.images(seed=9)
     expected = model.train_on_batch(batch, return_dict=True)
     assert loaded.train_on_batch(batch, return_dict=True) == expected
