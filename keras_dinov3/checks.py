@@ -10,7 +10,7 @@ from keras_dinov3.encoder import grid_of
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import channels_of, check_backbone, patch_size_of
 from keras_dinov3.gram import GramAnchor
-from keras_dinov3.heads import DINOHead
+from keras_dinov3.heads import check_teacher_heads
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.schedules import check_range, is_count, is_zero
 from keras_dinov3.targets import SoftmaxCentering
@@ -148,33 +148,6 @@ def check_teacher(model):
             f"Received: patch_size={sizes[0]} and {sizes[1]}. Class tokens "
             "alone: `ibot_weight=0, masking=None`."
         )
-
-
-def check_teacher_heads(model):
-    heads, sizes = model.teacher_heads, tuple(model.head_sizes.values())
-    if heads is None:
-        return
-    if not model.has_foreign_teacher:
-        raise ValueError(
-            "`teacher_heads` are of a teacher that is distilled. Received: them without a `teacher`"
-            " of its own and `teacher_ema=None`; a teacher that follows has the student's heads."
-        )
-    if not (isinstance(heads, (list, tuple)) and [type(h) for h in heads] == [DINOHead] * 2):
-        raise ValueError(f"`teacher_heads` must be two `DINOHead` layers. Received: {heads!r}.")
-    if tuple(head.num_prototypes for head in heads) != sizes:
-        raise ValueError(
-            "Student and teacher must have the same prototypes to be compared. Received: "
-            f"`teacher_heads` with {' and '.join(str(h.num_prototypes) for h in heads)} of them, "
-            f"num_prototypes={sizes[0]}, num_patch_prototypes={sizes[1]}."
-        )
-    for head in heads:
-        first = [*head.hidden_layers, head.bottleneck][0]
-        width = first.kernel.shape[0] if head.built else model.teacher.hidden_dim
-        if width != model.teacher.hidden_dim:
-            raise ValueError(
-                "`teacher_heads` must take the teacher's tokens. Received: a head for width "
-                f"{width}, and a teacher of width {model.teacher.hidden_dim}."
-            )
 
 
 def check_teacher_ema(teacher_ema, student, teacher, student_alone=None):

@@ -132,3 +132,31 @@ def make_heads(model, side):
         head.build((None, width))
         heads.append(head)
     return heads
+
+
+def check_teacher_heads(model):
+    """Says why heads cannot be those of the teacher of a `DINOv3`."""
+    heads, sizes = model.teacher_heads, tuple(model.head_sizes.values())
+    if heads is None:
+        return
+    if not model.has_foreign_teacher:
+        raise ValueError(
+            "`teacher_heads` are of a teacher that is distilled. Received: them without a `teacher`"
+            " of its own and `teacher_ema=None`; a teacher that follows has the student's heads."
+        )
+    if not (isinstance(heads, (list, tuple)) and [type(h) for h in heads] == [DINOHead] * 2):
+        raise ValueError(f"`teacher_heads` must be two `DINOHead` layers. Received: {heads!r}.")
+    if tuple(head.num_prototypes for head in heads) != sizes:
+        raise ValueError(
+            "Student and teacher must have the same prototypes to be compared. Received: "
+            f"`teacher_heads` with {' and '.join(str(h.num_prototypes) for h in heads)} of them, "
+            f"num_prototypes={sizes[0]}, num_patch_prototypes={sizes[1]}."
+        )
+    for head in heads:
+        first = [*head.hidden_layers, head.bottleneck][0]
+        width = first.kernel.shape[0] if head.built else model.teacher.hidden_dim
+        if width != model.teacher.hidden_dim:
+            raise ValueError(
+                "`teacher_heads` must take the teacher's tokens. Received: a head for width "
+                f"{width}, and a teacher of width {model.teacher.hidden_dim}."
+            )
