@@ -642,8 +642,9 @@ def test_compiled_equals_eager():
         layer = MultiCrop(12, 9, **settings)
         images = tf.constant(RNG.random((2, 30, 44, 3)), "float32")
         draws = layer._draw(4)
-        step = tf.function(lambda x, u: layer._crops(x, u, "global"), jit_compile=True)
-        close(step(images, draws), numpy(layer._crops(images, draws, "global")), 0, 1e-4)
+        step = tf.function(lambda x, u: layer._crops(x, u, "global", (12, 12)), jit_compile=True)
+        expected = layer._crops(images, draws, "global", (12, 12))
+        close(step(images, draws), numpy(expected), 0, 1e-4)
         crops = tf.function(layer, jit_compile=True)(IMAGES)
         assert crops["local_crops"].shape == (2, 2, 9, 9, 3)
 
