@@ -33,12 +33,14 @@ def load_meta(model, state_dict, part="student"):
     Names: `backbone.*`, `dino_head.*` and `ibot_head.*`, all of them needed. `storage_tokens` go to
     the registers of the backbone, or of its `EncoderExtras` if it has none. Wrappers around them
     (`module.`, `_orig_mod.`, `model.`, also as nested dicts) are looked through. If there are
-    names under `student.` or `teacher.`, only those of `part` are read.
+    names under `student.` or `teacher.`, only those of `part` are read. A Gram teacher has no
+    heads.
 
     Args:
         model: `DINOv3` of the checkpoint's sizes.
         state_dict: Dict of name to array, as `read_weights` returns it.
-        part: `"student"` or `"teacher"`: which side of the checkpoint, and of the model.
+        part: `"student"`, `"teacher"` or `"gram_teacher"`: which side of the checkpoint, and of
+            the model.
 
     Raises:
         TypeError: If `model` is no `DINOv3`.
@@ -52,21 +54,20 @@ def load_meta(model, state_dict, part="student"):
     if not isinstance(model, DINOv3):
         raise TypeError(f"`model` must be a `DINOv3`. Received: type {type(model).__name__}.")
     arrays = side_of(state_dict, part)
-    index = SIDES.index(part)
-    backbone, extras, dino_head, ibot_head = (pair[index] for pair in model.student_and_teacher)
+    if part == "gram_teacher":
+        backbone, extras, heads = *gram_teacher_of(model), {}
+    else:
+        index = SIDES.index(part)
+        backbone, extras, *heads = (pair[index] for pair in model.student_and_teacher)
+        heads = dict(zip(("dino_head", "ibot_head"), heads, strict=True))
     check_family(backbone)
     sizes = sizes_of(backbone)
-    places = {
-        **with_extras(under("backbone.", meta_places(sizes)), extras, backbone.hidden_dim),
-        **under("dino_head.", head_places(dino_head, backbone.hidden_dim)),
-        **under("ibot_head.", head_places(ibot_head, backbone.hidden_dim)),
-    }
+    places = with_extras(under("backbone.", meta_places(sizes)), extras, backbone.hidden_dim)
+    for name, head in heads.items():
+        places |= under(f"{name}.", head_places(head, backbone.hidden_dim))
     buffers = {f"backbone.{name}": array for name, array in meta_buffers(sizes, extras).items()}
     check(arrays, places, buffers, f"the {part} of this `DINOv3`")
-    side = types.SimpleNamespace(
-        backbone=backbone, extras=extras, dino_head=dino_head, ibot_head=ibot_head
-    )
-    assign(side, places, arrays)
+    assign(types.SimpleNamespace(backbone=backbone, extras=extras, **heads), places, arrays)
 
 
 def backbone_from_meta(state_dict, num_heads, part="teacher", **config):
@@ -80,7 +81,7 @@ def backbone_from_meta(state_dict, num_heads, part="teacher", **config):
             (`cls_token`, `blocks.0.norm1.weight`, ...), or a training checkpoint, of which the
             backbone of `part` is taken and the heads are left.
         num_heads: Int. Attention heads, which no array tells.
-        part: `"student"` or `"teacher"`. Side of a training checkpoint.
+        part: `"student"`, `"teacher"` or `"gram_teacher"`. Side of a training checkpoint.
         **config: Arguments of `keras_hub.models.DINOV3Backbone`, in place of what is found:
             `layer_norm_eps` (default 1e-5, Meta's `layernormbf16`; its `layernorm` has 1e-6),
             `image_shape` (default 14 x 14 patches), `rope_theta`, `dtype`, ... Also `image_size`,
@@ -516,6 +517,8 @@ def head_places(head, width):
 
 def with_extras(places, extras, width):
     """Places of a side's backbone (`backbone.*`) with the weights that `EncoderExtras` change."""
+    if extras is None:  # a Gram teacher with a backbone of its own
+        return places
 
     def is_used(name):
         is_beta = re.search(r"norm\d?\.bias$", name)
@@ -716,23 +719,35 @@ def huggingface_config(config, path):
 
 # From names to sides
 
-SIDES = ("student", "teacher")
+SIDES = ("student", "teacher", "gram_teacher")
 # What frameworks and checkpoints put around a module: its name goes on behind.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 WRAPPERS |= {"model", "state_dict"}
 # What a training checkpoint holds beside its student and teacher.
-COMPANIONS = {"optimizer", "gram_teacher", "model_ema"}
+COMPANIONS = {"optimizer", "model_ema"}
 COMPANIONS |= {"dino_loss", "ibot_patch_loss", "koleo_loss", "gram_loss"}
+
+
+def gram_teacher_of(model):
+    """The backbone that a model's Gram teacher has, and its extras."""
+    if model.gram is None or model.gram.backbone is None:
+        raise ValueError(
+            "The model needs a Gram teacher with weights of its own. Received: a `DINOv3` with "
+            f"gram={model.gram and model.gram.source!r}. Give it "
+            '`gram=GramAnchor(source="teacher")`, or a backbone as its source.'
+        )
+    return model.gram.backbone, model.gram.extras
 
 
 def side_of(state_dict, part):
     """The arrays of one side of a training checkpoint, or all of them if it has no sides."""
     if part not in SIDES:
-        raise ValueError(f'`part` must be "student" or "teacher". Received: part={part!r}.')
+        raise ValueError(f"`part` must be one of {SIDES}. Received: part={part!r}.")
     arrays = flatten(state_dict)
     tops = {name.split(".")[0] for name in arrays}
-    if not tops.intersection(SIDES):
-        return {name: a for name, a in arrays.items() if name.split(".")[0] not in COMPANIONS}
+    if not tops.intersection({"student", "teacher", part}):
+        others = COMPANIONS | {"gram_teacher"}
+        return {name: a for name, a in arrays.items() if name.split(".")[0] not in others}
     if part not in tops:
         raise ValueError(f"The weights have no names under `{part}.`. Received: {sorted(tops)}.")
     others = COMPANIONS | set(SIDES) - {part}

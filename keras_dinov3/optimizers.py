@@ -46,6 +46,7 @@ class Multipliers(NamedTuple):
     rate: float
     decay: float
     is_last_layer: bool
+    is_backbone: bool
 
 
 class Rates(NamedTuple):
@@ -53,6 +54,7 @@ class Rates(NamedTuple):
 
     rate: Any
     last_layer_rate: Any
+    backbone_rate: Any
     decay: Any
     mean_correction: Any  # 1 - beta_1 ** t
     square_correction: Any  # sqrt(1 - beta_2 ** t)
@@ -60,6 +62,7 @@ class Rates(NamedTuple):
     def of(self, multipliers):
         """Rate and decay of a weight with these multipliers."""
         rate = self.last_layer_rate if multipliers.is_last_layer else self.rate
+        rate = self.backbone_rate if multipliers.is_backbone else rate
         return rate * multipliers.rate, self.decay * multipliers.decay
 
 
@@ -116,6 +119,9 @@ class AdamW(keras.optimizers.Optimizer):
         head_decay_multiplier: Float of at least 0. Factor of the heads' weight decay.
         freeze_last_layer_steps: Int. Updates at the start in which the rate of the prototypes is 0.
             Their gradients still count in the norm and in `m` and `v`.
+        freeze_backbone_steps: Int. Updates at the start in which the rate of the backbone is 0, so
+            that new heads learn what it knows before they change it; in as many more it grows
+            linearly to what it would be.
         part_clipnorm: Positive float. Largest norm of the gradients of a part, after accumulation.
             `None`: no clipping by part.
         log: If true, the logs of a `DINOv3` show `learning_rate`, `weight_decay` and, before
@@ -145,6 +151,7 @@ class AdamW(keras.optimizers.Optimizer):
         head_multiplier=1.0,
         head_decay_multiplier=1.0,
         freeze_last_layer_steps=0,
+        freeze_backbone_steps=0,
         part_clipnorm=None,
         log=False,
         **kwargs,
@@ -170,6 +177,7 @@ class AdamW(keras.optimizers.Optimizer):
         check_range("head_multiplier", head_multiplier, low=0, scheduled=False)
         check_range("head_decay_multiplier", head_decay_multiplier, low=0, scheduled=False)
         check_steps("freeze_last_layer_steps", freeze_last_layer_steps)
+        check_steps("freeze_backbone_steps", freeze_backbone_steps)
         if part_clipnorm is not None:
             check_range("part_clipnorm", part_clipnorm, above=0, scheduled=False)
             others = {
@@ -191,6 +199,7 @@ class AdamW(keras.optimizers.Optimizer):
         self.head_multiplier = head_multiplier
         self.head_decay_multiplier = head_decay_multiplier
         self.freeze_last_layer_steps = freeze_last_layer_steps
+        self.freeze_backbone_steps = freeze_backbone_steps
         self.part_clipnorm = part_clipnorm
         self.log = log
 
@@ -250,9 +259,12 @@ class AdamW(keras.optimizers.Optimizer):
         step = self.iterations
         rate = ops.cast(learning_rate, "float32")
         count = ops.cast(step + 1, "float32")
+        frozen = self.freeze_backbone_steps
+        thawed = ops.clip((count - frozen) / frozen, 0.0, 1.0) if frozen else 1.0
         return Rates(
             rate,
             ops.where(step < self.freeze_last_layer_steps, 0.0, rate),
+            rate * thawed,
             value_at(self.weight_decay, step),
             one_minus_power(self.beta_1, count),
             ops.sqrt(one_minus_power(self.beta_2, count)),
@@ -283,6 +295,7 @@ class AdamW(keras.optimizers.Optimizer):
             "head_multiplier": self.head_multiplier,
             "head_decay_multiplier": self.head_decay_multiplier,
             "freeze_last_layer_steps": self.freeze_last_layer_steps,
+            "freeze_backbone_steps": self.freeze_backbone_steps,
             "part_clipnorm": self.part_clipnorm,
             "log": self.log,
         }
@@ -345,7 +358,7 @@ class AdamW(keras.optimizers.Optimizer):
             decay *= self.head_decay_multiplier
         if not self._use_weight_decay(variable):  # the user's `exclude_from_weight_decay`
             decay = 0.0
-        return Multipliers(rate, decay, role.kind == "last_layer")
+        return Multipliers(rate, decay, role.kind == "last_layer", role.part == "backbone")
 
 
 def _updated(

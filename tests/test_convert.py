@@ -248,6 +248,9 @@ def test_the_base_of_the_periods_is_found(theta, dtype):
 # A whole model
 
 
+GRAM_BACKBONE = "gram_teacher/backbone."
+
+
 def golden_model(num_register_tokens=4, **config):
     return tiny.model(
         backbone=keras_hub.models.DINOV3Backbone(
@@ -289,6 +292,35 @@ def test_load_meta_loads_one_side(part):
             np.testing.assert_array_equal(numpy(kernel).T, weights[f"mlp.{place}.weight"])
         np.testing.assert_array_equal(numpy(head.bottleneck.bias), weights["mlp.4.bias"])
         np.testing.assert_array_equal(numpy(head.prototypes.kernel).T, weights["last_layer.weight"])
+
+
+@pytest.mark.parametrize("source", ["teacher", "backbone"])
+def test_load_meta_loads_a_gram_teacher(source):
+    weights = Golden("fb_gram_step").part("gram_teacher/")
+    own = golden_model().student
+    model = golden_model(gram=kd.GramAnchor("teacher" if source == "teacher" else own))
+    sides = [model_weights(model, index) for index in (0, 1)]
+    state_dict = {"gram_teacher": weights, "student": {"backbone.cls_token": np.zeros((1, 1, 64))}}
+    convert.load_meta(model, state_dict, "gram_teacher")
+    same_bytes(
+        convert.backbone_to_meta(model.gram.backbone), Golden("fb_gram_step").part(GRAM_BACKBONE)
+    )
+    for index, before in enumerate(sides):
+        for x, y in zip(before, model_weights(model, index), strict=True):
+            np.testing.assert_array_equal(x, y)
+    same_bytes(
+        convert.backbone_to_meta(convert.backbone_from_meta(state_dict, 2, part="gram_teacher")),
+        Golden("fb_gram_step").part(GRAM_BACKBONE),
+    )
+
+
+def test_a_gram_teacher_is_needed_for_its_weights():
+    weights = {"gram_teacher": Golden("fb_gram_step").part("gram_teacher/")}
+    with pytest.raises(ValueError, match=r"needs a Gram teacher.*gram=None"):
+        convert.load_meta(golden_model(), weights, "gram_teacher")
+    live = golden_model(gram=kd.GramAnchor("ema_teacher"))
+    with pytest.raises(ValueError, match=r"weights of its own.*gram='ema_teacher'"):
+        convert.load_meta(live, weights, "gram_teacher")
 
 
 def test_load_meta_knows_extras():
@@ -404,7 +436,7 @@ def test_backbone_of_either_part():
     same_bytes(convert.backbone_to_meta(student), golden.part("student/backbone."))
     with pytest.raises(ValueError, match=r"no names under `student\.`.*teacher"):
         convert.backbone_from_meta({"teacher": state_dict["teacher"]}, 2, part="student")
-    with pytest.raises(ValueError, match='"student" or "teacher".*gram'):
+    with pytest.raises(ValueError, match=r"'gram_teacher'\).*part='gram'"):
         convert.backbone_from_meta(state_dict, 2, part="gram")
 
 

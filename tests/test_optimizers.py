@@ -278,6 +278,7 @@ SETTINGS = {
     "head_multiplier": 1.5,
     "head_decay_multiplier": 0.4,
     "freeze_last_layer_steps": 2,
+    "freeze_backbone_steps": 2,
     "part_clipnorm": 1.3,
 }
 NUM_STEPS = 6
@@ -328,6 +329,8 @@ def slow(weights, gradients, rates, decays, roles, settings):
             lr *= s["patch_embed_multiplier"] if role.kind == "patch_embed" else 1
             lr *= s["head_multiplier"] if is_head else 1
             lr *= role.kind != "last_layer" or t > s["freeze_last_layer_steps"]
+            frozen = s["freeze_backbone_steps"]
+            lr *= min(max(t - frozen, 0) / frozen, 1) if role.part == "backbone" and frozen else 1
             wd = decay * role.decays * (s["head_decay_multiplier"] if is_head else 1)
             weights[i] = weights[i] * (1 - lr * wd)
             means[i] = s["beta_1"] * means[i] + (1 - s["beta_1"]) * g
@@ -382,6 +385,7 @@ def test_each_setting_matters(name):
             settings[name] = {
                 "part_clipnorm": None,
                 "freeze_last_layer_steps": 1,
+                "freeze_backbone_steps": 1,
                 "beta_1": 0.7,
             }.get(name, 0.5)
         apply_all(kd.AdamW(**settings), gradients, variables)
@@ -645,6 +649,7 @@ def test_config_round_trip():
         ({"head_decay_multiplier": -1}, "`head_decay_multiplier` must be at least 0"),
         ({"freeze_last_layer_steps": 1.5}, "updates, that is, epochs times updates per epoch. Rec"),
         ({"freeze_last_layer_steps": -1}, "Received: freeze_last_layer_steps=-1"),
+        ({"freeze_backbone_steps": -1}, "Received: freeze_backbone_steps=-1"),
         ({"part_clipnorm": 0}, "`part_clipnorm` must be greater than 0"),
         (
             {"part_clipnorm": 1.0, "clipnorm": 2.0},

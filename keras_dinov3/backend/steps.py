@@ -161,7 +161,8 @@ def update_together(optimizer, gradients, variables, rates):
         # The factors of all groups at once: on a GPU, single numbers cost as much as arrays.
         factors = torch.tensor([key[0] for key in groups], dtype=torch.float32)
         factors = factors.to(rates.rate.device)
-        rate = torch.where(factors[:, 2] > 0, rates.last_layer_rate, rates.rate) * factors[:, 0]
+        rate = torch.where(factors[:, 2] > 0, rates.last_layer_rate, rates.rate)
+        rate = torch.where(factors[:, 3] > 0, rates.backbone_rate, rate) * factors[:, 0]
         kept = (1 - rate * rates.decay * factors[:, 1]).unbind()
         step = ops.cast(optimizer.iterations + 1, "float32")
         for ((multipliers, _), members), lr, keep in zip(
