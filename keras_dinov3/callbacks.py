@@ -6,6 +6,7 @@ import keras
 
 from keras_dinov3.collapse import CollapseMonitor
 from keras_dinov3.gram import GramTeacher
+from keras_dinov3.guard import Guard
 from keras_dinov3.monitors import KNN, LiDAR, RankMe, ScheduleLogger
 from keras_dinov3.online_probe import LinearProbe
 from keras_dinov3.pictures import Pictures
@@ -15,6 +16,7 @@ __all__ = [
     "CollapseMonitor",
     "DataOrder",
     "GramTeacher",
+    "Guard",
     "KNN",
     "LiDAR",
     "LinearProbe",

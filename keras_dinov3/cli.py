@@ -8,7 +8,7 @@ import sys
 
 import keras_hub
 
-from keras_dinov3 import convert, data, evaluation, features, pretrain, recipes, report
+from keras_dinov3 import convert, data, evaluation, features, presets, pretrain, recipes, report
 
 KINDS = ("meta", "huggingface", "keras")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
@@ -290,7 +290,8 @@ def add_evaluate(commands):
 def run_evaluate(arguments):
     if arguments.output is not None and pathlib.Path(arguments.output).exists():
         raise FileExistsError(f"{arguments.output} exists and is not overwritten.")
-    backbone, settings = read_trained(arguments.backbone)
+    backbone = presets.read_preset(arguments.backbone)
+    settings = presets.normalization_of(arguments.backbone)
     for name in ("mean", "std"):
         given = getattr(arguments, name)
         if given is not None:
@@ -337,20 +338,6 @@ def run_evaluate(arguments):
     print_evaluation(found)
     if arguments.output is not None:
         pathlib.Path(arguments.output).write_text(json.dumps(found, indent=2))
-
-
-def read_trained(name):
-    """A backbone from a run's folder, with the mean and std of its training, or from a preset."""
-    folder = pathlib.Path(name)
-    if not (folder / "backbone" / "config.json").is_file():
-        preset = str(folder.resolve()) if folder.is_dir() else name
-        return keras_hub.models.Backbone.from_preset(preset), {"mean": None, "std": None}
-    settings = folder / "settings.json"
-    augmentation = {}
-    if settings.is_file():
-        augmentation = json.loads(settings.read_text())["recipe"]["settings"]["augmentation"]
-    backbone = keras_hub.models.Backbone.from_preset(str((folder / "backbone").resolve()))
-    return backbone, {name: augmentation.get(name) for name in ("mean", "std")}
 
 
 def print_evaluation(found):

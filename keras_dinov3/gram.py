@@ -12,6 +12,7 @@ from keras_dinov3.extras import extras_for
 from keras_dinov3.families import channels_of, check_backbone, copy_of, patch_size_of
 from keras_dinov3.losses import check_negatives, gram_loss
 from keras_dinov3.masking import masked_slots
+from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_count, check_range, check_steps, value_at
 
 SOURCES = ("teacher", "ema_teacher")
@@ -325,12 +326,6 @@ def check_options(source, refresh_every, max_refreshes, resolution_scale, tokens
             f'`tokens="{tokens}"` compares patches of the whole batch, since crops have different '
             "numbers of them. Received: per_image=True. Add `per_image=False`."
         )
-
-
-def read_preset(name):
-    import keras_hub
-
-    return keras_hub.models.Backbone.from_preset(name)
 
 
 def resize_grid(patches, old, new, antialias=False):

@@ -12,6 +12,7 @@ from keras_dinov3.batches import full_batches, inputs_of, is_arrays
 from keras_dinov3.callbacks import DataOrder, GramTeacher, StopOnNonFinite, TeacherEMA
 from keras_dinov3.checks import check_batch, check_teacher_ema
 from keras_dinov3.families import copy_of
+from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_count, is_zero
 
 
@@ -250,6 +251,27 @@ class ImageModel(keras.Model):
         return [
             mean.name for mean, s in zip(self.term_means, since, strict=True) if s == step
         ], step
+
+    @classmethod
+    def from_preset(cls, preset, **kwargs):
+        """A model that goes on from released weights, or from those of a run.
+
+        The heads are new: released backbones come without. Trained as if they were not, they
+        soon ruin what the backbone knows; `recipes.continue_from` has settings that do not.
+
+        Args:
+            preset: Name or folder of a Keras Hub preset, or folder of a run of `keras-dinov3
+                pretrain`.
+            **kwargs: Arguments of the class, but for the backbone.
+
+        Returns:
+            Model of this class, not compiled. A mask token that the preset lacks is new.
+
+        Raises:
+            TypeError: If the backbone is of no supported family.
+            ValueError: If there is no such preset, or settings contradict it.
+        """
+        return cls(read_preset(preset), **kwargs)
 
     def export_backbone(self):
         """What was learned, as a plain Keras Hub backbone of its own, trainable.

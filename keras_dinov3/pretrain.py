@@ -131,8 +131,7 @@ def pretrain(images, output, recipe, test=None, seed=0, command=None, verbose="a
     keras.utils.set_random_seed(seed)
     sides = data, _, _ = load_images(images, recipe, test, seed)
     recipe = recipe.suggest(**{**recipe.plan, "num_images": len(data.files)})
-    mean, std = normalization(data, recipe)
-    recipe = recipe.changed(augmentation={"mean": mean, "std": std})
+    recipe = recipe.changed(augmentation=normalization(data, recipe))
     model = recipe.build(seed)
     settings = {
         "command": command,
@@ -261,14 +260,12 @@ def all_of(batches):
 
 
 def normalization(data, recipe):
-    """Mean and deviation of the images, one per channel from 0 to 1; a preset's are its own."""
+    """Mean and std of the images, one per channel from 0 to 1; a preset keeps what it knows."""
     if "preset" in recipe.settings["backbone"]:
-        return None, None
+        return {}
     pixels = all_of(some_of(data, NUM_MEASURED, seed=0)).reshape(-1, 3) / 255
-    return [
-        [round(float(x), 4) for x in values]
-        for values in (pixels.mean(axis=0), np.maximum(pixels.std(axis=0), 1e-3))
-    ]
+    measured = {"mean": pixels.mean(axis=0), "std": np.maximum(pixels.std(axis=0), 1e-3)}
+    return {name: [round(float(x), 4) for x in values] for name, values in measured.items()}
 
 
 def environment():

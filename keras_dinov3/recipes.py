@@ -11,8 +11,10 @@ model.fit(images, batch_size=128, epochs=60)
 import copy
 import dataclasses
 import difflib
+import importlib.resources
 import inspect
 import json
+import math
 
 import keras
 import keras_hub
@@ -20,11 +22,14 @@ import keras_hub
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.extras import EncoderExtras
+from keras_dinov3.families import check_backbone, patch_size_of
+from keras_dinov3.gram import GramAnchor
 from keras_dinov3.image_model import spread
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.model import DINOv3
 from keras_dinov3.optimizers import AdamW
-from keras_dinov3.schedules import WarmupCosine
+from keras_dinov3.presets import normalization_of, preset_of, read_preset
+from keras_dinov3.schedules import WarmupCosine, check_range
 from keras_dinov3.suggestions import check_plan, suggestions
 
 MASKINGS = {"block": BlockMasking, "random": RandomMasking}
@@ -35,6 +40,7 @@ SECTIONS = {
     "masking": None,
     "model": DINOv3,
     "extras": EncoderExtras,
+    "gram": GramAnchor,
     "teacher": TeacherEMA,
     "optimizer": AdamW,
 }
@@ -52,10 +58,11 @@ class Recipe:
         name: Text.
         summary: Text, one sentence: what it is for.
         settings: Dict from sections to their settings. `"backbone"`: `"class"`, the name of a
-            backbone in `keras_hub.models`, and its arguments, or `"preset"`. `"masking"`:
+            backbone in `keras_hub.models`, and its arguments, or `"preset"` and its `"patch_size"`,
+            see `continue_from`. `"masking"`:
             `"kind"`, `"block"` or `"random"`, and the layer's arguments. Arguments of the same
             name: `"augmentation"` of `MultiCrop`, `"model"` of `DINOv3`, `"extras"` of
-            `EncoderExtras`, `"teacher"` of `callbacks.TeacherEMA`, `"optimizer"` of `AdamW`.
+            `EncoderExtras`, `"gram"` of `GramAnchor`, `"teacher"` of `callbacks.TeacherEMA`, `"optimizer"` of `AdamW`.
         plan: Dict with `num_images`, `batch_size`, `epochs` and `image_size`, or `None` before
             `suggest`.
         reasons: Dict from `"section.setting"` to a sentence: why `suggest` chose this value.
@@ -150,18 +157,27 @@ class Recipe:
             arguments["masking"] = layer(**parts["masking"], seed=spread(seed, 1))
         if "extras" in parts:
             arguments["extras"] = EncoderExtras(**parts["extras"])
+        if "gram" in parts:
+            arguments["gram"] = GramAnchor(**parts["gram"])
         if "teacher" in parts:
             arguments["teacher_ema"] = TeacherEMA(**parts["teacher"])
         return arguments
 
     def build_backbone(self):
         """The Keras Hub backbone, new or from its preset, for images of the plan's size."""
-        settings = dict(self.settings["backbone"])
+        settings = dict(self.settings.get("backbone", {}))
+        shape = {}
         if self.plan is not None:
-            settings["image_shape"] = (*self.plan["image_size"], 3)
+            shape["image_shape"] = (*self.plan["image_size"], 3)
         if "preset" in settings:
-            return keras_hub.models.Backbone.from_preset(settings.pop("preset"), **settings)
-        return getattr(keras_hub.models, settings.pop("class"))(**settings)
+            settings.pop("patch_size", None)  # it is the preset's
+            return read_preset(settings.pop("preset"), **settings, **shape)
+        if "class" not in settings:
+            raise ValueError(
+                f"The recipe {self.name!r} goes on from a backbone that has weights. Received: no "
+                '`preset` in its section "backbone". Call `recipes.continue_from(preset)`.'
+            )
+        return getattr(keras_hub.models, settings.pop("class"))(**{**settings, **shape})
 
     def build(self, seed=None):
         """The model, compiled, ready for `fit`.
@@ -237,113 +253,8 @@ def scheduled(value, total_steps):
     return WarmupCosine(value.pop("peak"), total_steps, warmup_steps=warmup_steps, **value)
 
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
-            "tiny",
-            "a small new backbone for small images, trained from nothing on a CPU in an hour",
-            {
-                "backbone": {
-                    "class": "DINOV3Backbone",
-                    "num_layers": 4,
-                    "hidden_dim": 128,
-                    "num_heads": 2,
-                    "intermediate_dim": 512,
-                    "num_register_tokens": 1,
-                },
-                "augmentation": {
-                    "num_local_crops": 4,
-                    "global_crop_scale": [0.4, 1.0],
-                    "local_crop_scale": [0.1, 0.4],
-                },
-                "masking": {"kind": "block"},
-                "model": {
-                    "ibot_weight": 0.1,
-                    "head_hidden_dim": 256,
-                    "head_bottleneck_dim": 64,
-                },
-                "optimizer": {"weight_decay": 0.04, "part_clipnorm": 3.0},
-            },
-        ),
-        Recipe(
-            "small",
-            "a new ViT-S, trained from nothing on one GPU",
-            {
-                "backbone": {
-                    "class": "DINOV3Backbone",
-                    "num_layers": 12,
-                    "hidden_dim": 384,
-                    "num_heads": 6,
-                    "intermediate_dim": 1536,
-                    "num_register_tokens": 4,
-                },
-                "augmentation": {"num_local_crops": 8},
-                "masking": {"kind": "block"},
-                "model": {"drop_path_rate": 0.1},
-                "optimizer": {"weight_decay": 0.04, "part_clipnorm": 3.0},
-            },
-        ),
-        Recipe(
-            "dinov3",
-            "the first phase of DINOv3 as published, for a ViT-L and millions of images",
-            {
-                "backbone": {
-                    "class": "DINOV3Backbone",
-                    "patch_size": 16,
-                    "num_layers": 24,
-                    "hidden_dim": 1024,
-                    "num_heads": 16,
-                    "intermediate_dim": 4096,
-                    "num_register_tokens": 4,
-                    "layer_scale_init_value": 1e-5,
-                },
-                "augmentation": {"num_local_crops": 8},
-                "masking": {"kind": "block"},
-                "model": {
-                    "num_prototypes": 65536,
-                    "student_temperature": 0.1,
-                    "teacher_temperature": 0.07,
-                    "koleo_weight": 0.1,
-                    "drop_path_rate": 0.3,
-                },
-                "teacher": {"momentum": {"peak": 0.992, "end": 1.0}},
-                "optimizer": {
-                    "weight_decay": {"peak": 0.04, "end": 0.2},
-                    "layerwise_decay": 0.9,
-                    "patch_embed_multiplier": 0.2,
-                    "part_clipnorm": 3.0,
-                },
-            },
-        ),
-        Recipe(
-            "seed_method",
-            'the "seed" method, a DINOv2 with registers and KoLeo, on a ViT-S',
-            {
-                "backbone": {
-                    "class": "ViTBackbone",
-                    "num_layers": 12,
-                    "hidden_dim": 384,
-                    "num_heads": 6,
-                    "mlp_dim": 1536,
-                },
-                "augmentation": {"num_local_crops": 8},
-                "masking": {"kind": "random", "mask_ratio": 0.3},
-                "model": {
-                    "student_temperature": 0.1,
-                    "teacher_temperature": 0.07,
-                    "koleo_weight": 0.1,
-                    "koleo_crops": 1,
-                    "koleo_distance": "cosine",
-                    "ibot_average": "patches",
-                },
-                "extras": {"num_register_tokens": 4},
-                "teacher": {"momentum": {"peak": 0.996, "end": 1.0, "cosine_reaches_end": False}},
-                "optimizer": {"weight_decay": 0.04, "part_clipnorm": 3.0},
-            },
-        ),
-    )
-}
+with importlib.resources.files(__package__).joinpath("recipes.json").open(encoding="utf-8") as file:
+    RECIPES = {config["name"]: Recipe.from_config(config) for config in json.load(file)}
 
 
 def get(name):
@@ -368,3 +279,49 @@ def get(name):
         return Recipe.from_config(config.get("recipe", config))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} holds no recipe: {error}") from error
+
+
+def continue_from(preset, gram_weight=1.0):
+    """The recipe for going on from released weights without ruining them.
+
+    Released backbones come without heads. New heads learn on the frozen backbone first
+    (`freeze_backbone_steps`); then it follows with a small rate, smaller the further down
+    (`layerwise_decay`), and a slow teacher. Its patch similarities are held to those at the start
+    by a `GramAnchor`. What is left to chance, `callbacks.Guard` watches.
+
+    ```python
+    recipe = kd.recipes.continue_from("runs/mine").suggest(
+        num_images=3000, batch_size=64, epochs=20, image_size=64
+    )
+    model = recipe.build(seed=0)
+    model.fit(images, batch_size=64, epochs=20, callbacks=[kd.callbacks.Guard(some_images)])
+    ```
+
+    Args:
+        preset: Name or folder of a Keras Hub preset, or folder of a run of `keras-dinov3 pretrain`,
+            whose normalisation of images is taken too.
+        gram_weight: Number. Weight of the Gram loss; with 0 there is none.
+
+    Returns:
+        `Recipe` with the backbone's place and patch size.
+
+    Raises:
+        TypeError: If the backbone is of no supported family.
+        ValueError: If there is no such preset, or the weight is negative.
+    """
+    check_range("gram_weight", gram_weight, low=0, below=math.inf, scheduled=False)
+    normalization = {key: x for key, x in normalization_of(preset).items() if x is not None}
+    preset = preset_of(preset)
+    backbone = keras_hub.models.Backbone.from_preset(preset, load_weights=False)
+    check_backbone(backbone)
+    width = backbone.hidden_dim
+    sections = {
+        "backbone": {"preset": preset, "patch_size": patch_size_of(backbone)},
+        "model": {
+            "head_hidden_dim": min(2 * width, 2048),
+            "head_bottleneck_dim": min(width // 2, 256),
+        },
+    }
+    if gram_weight:
+        sections["gram"] = {"source": "teacher", "weight": gram_weight}
+    return get("continue").changed(**sections, augmentation=normalization)

@@ -9,6 +9,7 @@ PATCH_SIZES = (16, 8, 4, 2)
 PATCHES_PER_SIDE = 8  # at least, where the patch size is free
 LONG_RUN = 20_000  # updates from which the methods' own temperatures work
 IMAGES_PER_PROTOTYPE = 64
+CONTINUED_RATE, CONTINUED_MOMENTUM = 1e-4, 0.998  # of a backbone that has weights
 
 
 def check_plan(num_images, batch_size, epochs, image_size):
@@ -60,8 +61,8 @@ def suggestions(settings, plan):
     num_images, batch_size = plan["num_images"], plan["batch_size"]
     total_steps = plan["epochs"] * (num_images // batch_size)
     backbone, found = settings.get("backbone", {}), {}
-    patch_size = backbone.get("patch_size")
-    if patch_size is None and "preset" not in backbone:
+    patch_size, goes_on = backbone.get("patch_size"), "preset" in backbone
+    if patch_size is None and not goes_on:
         patch_size, found["backbone.patch_size"] = patch_size_for(plan["image_size"])
     check_patches(plan["image_size"], patch_size or 16)
     return {
@@ -74,6 +75,24 @@ def suggestions(settings, plan):
         "optimizer.freeze_last_layer_steps": (
             total_steps // 100,
             "a hundredth of the run, as one epoch of a hundred",
+        ),
+        **(gently(total_steps, batch_size) if goes_on else {}),
+    }
+
+
+def gently(total_steps, batch_size):
+    """What a backbone needs that knows something already, under heads that do not."""
+    return {
+        "teacher.momentum": (
+            {"peak": CONTINUED_MOMENTUM, "end": 1.0},
+            f"high: the teacher remembers {1 / (1 - CONTINUED_MOMENTUM):.0f} updates and more",
+        ),
+        "optimizer.learning_rate": rate_for(batch_size, CONTINUED_RATE),
+        "optimizer.head_multiplier": (10.0, "the heads are new, the backbone is not"),
+        "optimizer.layerwise_decay": (0.8, "what is near the pixels is needed for any images"),
+        "optimizer.freeze_backbone_steps": (
+            total_steps // 10,
+            f"new heads learn from the backbone as it is for a tenth of {total_steps} updates",
         ),
     }
 
@@ -151,10 +170,10 @@ def momentum_for(total_steps):
     )
 
 
-def rate_for(batch_size):
-    """From 1e-3 at 128 images, by the square root."""
-    peak = round(1e-3 * math.sqrt(batch_size / 128), 6)
+def rate_for(batch_size, rate=1e-3):
+    """From a rate at 128 images, by the square root."""
+    peak = round(rate * math.sqrt(batch_size / 128), 8)
     return (
         {"peak": peak, "warmup": 0.1, "end": round(peak / 100, 8)},
-        f"0.001 at 128 images, by the square root for {batch_size}; warm-up: a tenth of the run",
+        f"{rate:g} at 128 images, by the square root for {batch_size}; warm-up: a tenth of the run",
     )
