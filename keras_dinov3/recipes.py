@@ -62,7 +62,8 @@ class Recipe:
             see `continue_from`. `"masking"`:
             `"kind"`, `"block"` or `"random"`, and the layer's arguments. Arguments of the same
             name: `"augmentation"` of `MultiCrop`, `"model"` of `DINOv3`, `"extras"` of
-            `EncoderExtras`, `"gram"` of `GramAnchor`, `"teacher"` of `callbacks.TeacherEMA`, `"optimizer"` of `AdamW`.
+            `EncoderExtras`, `"gram"` of `GramAnchor`, `"teacher"` of `callbacks.TeacherEMA`,
+            `"optimizer"` of `AdamW`.
         plan: Dict with `num_images`, `batch_size`, `epochs` and `image_size`, or `None` before
             `suggest`.
         reasons: Dict from `"section.setting"` to a sentence: why `suggest` chose this value.

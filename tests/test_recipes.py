@@ -230,7 +230,7 @@ def test_every_recipe_is_json_and_comes_back(name):
     assert all(reason in text for reason in recipe.reasons.values())
 
 
-@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+@pytest.mark.parametrize("name", sorted(set(recipes.RECIPES) - {"continue"}))
 def test_every_recipe_trains(name):
     """Its own layers, but narrow and few, on images of its own size."""
     recipe = recipes.get(name).suggest(8, batch_size=4, epochs=1, image_size=32)
@@ -244,6 +244,55 @@ def test_every_recipe_trains(name):
     model = recipe.build(seed=1)
     logs = model.fit(tiny.images(8, 32, 32), batch_size=4, verbose=0).history
     assert np.isfinite(logs["loss"][0]) and int(model.step) == recipe.total_steps == 2
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The folder of a run, and the backbone that it left."""
+    folder = tmp_path_factory.mktemp("released")
+    backbone = tiny.backbone()
+    backbone.save_to_preset(str(folder / "backbone"))
+    settings = {"augmentation": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    (folder / "settings.json").write_text(json.dumps({"recipe": {"settings": settings}}))
+    return folder, backbone
+
+
+def test_continuing_warms_up_the_heads_and_then_moves_all(released):
+    folder, backbone = released
+    plan = {"num_images": 40, "batch_size": 4, "epochs": 2, "image_size": 32}
+    recipe = recipes.continue_from(folder).suggest(**plan)
+    assert recipe.settings["optimizer"]["freeze_backbone_steps"] == 2
+    assert recipe.settings["augmentation"]["global_crop_size"] == 24  # three patches of 8
+    assert recipes.Recipe.from_config(json.loads(json.dumps(recipe.get_config()))) == recipe
+    recipe = recipe.changed(model={"head_hidden_dim": 24, "num_prototypes": 16})
+    model = recipe.build(seed=1)
+    assert model.augmentation.mean == [0.1, 0.2, 0.3] and model.augmentation.std == [0.4, 0.5, 0.6]
+    assert model.gram.source == "teacher" and model.gram.weight == 1.0
+    start = [numpy(weight) for weight in backbone.weights]
+
+    def moved():
+        sides = (model.student, model.gram.backbone)
+        return [
+            max(np.max(np.abs(numpy(w) - x)) for w, x in zip(side.weights, start, strict=True))
+            for side in sides
+        ]
+
+    heads = model.student_dino_head.get_weights()
+    images = tiny.images(4, 32, 32)
+    for step in range(4):
+        model.train_on_batch(images)
+        assert (moved()[0] > 0) == (step >= 2), step
+        assert moved()[1] == 0  # the anchor
+    assert not np.array_equal(heads[0], model.student_dino_head.get_weights()[0])
+
+
+def test_continuing_without_an_anchor(released):
+    recipe = recipes.continue_from(released[0], gram_weight=0)
+    assert "gram" not in recipe.settings
+    with pytest.raises(ValueError, match="`gram_weight` must be at least 0"):
+        recipes.continue_from(released[0], gram_weight=-1)
+    with pytest.raises(ValueError, match=r"no `preset`.*recipes\.continue_from\(preset\)"):
+        recipes.get("continue").suggest(40, 4, 2, 32).build()
 
 
 def test_a_recipe_builds_what_it_says():
@@ -304,7 +353,7 @@ def test_recipes_from_files(tmp_path):
     "action, message",
     [
         (lambda: recipes.get("tny"), "Did you mean 'tiny'"),
-        (lambda: recipes.get("xyz"), "There are: dinov3, seed_method, small, tiny"),
+        (lambda: recipes.get("xyz"), "There are: continue, dinov3, seed_method, small, tiny"),
         (lambda: recipes.get("tiny").changed(modle={}), "Did you mean 'model'"),
         (lambda: recipes.get("tiny").changed(model={"koleo": 1}), "'koleo'"),
         (lambda: recipes.get("tiny").total_steps, "Call `recipe.suggest"),

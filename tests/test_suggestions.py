@@ -66,6 +66,17 @@ def test_a_given_patch_size_decides_the_crops():
     assert "backbone.patch_size" not in found and found["augmentation.local_crop_size"] == 64
 
 
+def test_a_backbone_that_has_weights_is_treated_gently():
+    settings = {"backbone": {"preset": "some", "patch_size": 8}}
+    new, old = (
+        suggest(image_size=64, settings=x) for x in ({"backbone": {"patch_size": 8}}, settings)
+    )
+    assert old["optimizer.learning_rate"]["peak"] < new["optimizer.learning_rate"]["peak"] / 5
+    assert old["teacher.momentum"]["peak"] > new["teacher.momentum"]["peak"]
+    assert old["optimizer.freeze_backbone_steps"] > 0 and old["optimizer.layerwise_decay"] < 1
+    assert not {"optimizer.freeze_backbone_steps", "optimizer.layerwise_decay"} & set(new)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
