@@ -30,6 +30,10 @@ class PatchAlignment(Term):
 
     `DINOv3(..., alignment=PatchAlignment(...))` uses it and logs `alignment_loss`.
 
+    Ready crops bring for it, unless pairs are `"same"`, `"global_boxes"` `(B, G, 4)`, the top,
+    left, height and width of each crop's part of its image in any unit, and `"global_flips"`
+    `(B, G)`, bool, whether left and right are exchanged: `MultiCrop()(images, boxes=True)`.
+
     From Yeo et al. (PaKA): the objective with a linear kernel, between a student and its EMA
     teacher, on the overlap of two crops. Choices made here: the student's crops are the (masked)
     global ones, where theirs are local; the teacher's features are read off at the student's patch
@@ -41,12 +45,8 @@ class PatchAlignment(Term):
             `"all"`.
         tokens: `"all"` patches of the student, or those that are `"masked"` or `"unmasked"`.
         min_patches: Int, at least 3. A pair with fewer patches to compare is left out of the mean
-            over pairs.
+            over pairs, which is 0 when none is left.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
-
-    Ready crops bring for it, unless pairs are `"same"`, `"global_boxes"` `(B, G, 4)`, the top,
-    left, height and width of each crop's part of its image in any unit, and `"global_flips"`
-    `(B, G)`, bool, whether left and right are exchanged: `MultiCrop()(images, boxes=True)`.
 
     Raises:
         ValueError: If an argument is outside the range given above.
@@ -164,7 +164,9 @@ def patch_kernel_alignment_loss(y_true, y_pred, weights=None):
     """One minus the linear centred kernel alignment (CKA) of two sets of patch features.
 
     With the Gram matrices `K`, `L` of the features, centred, `CKA = <K, L> / (|K| |L|)`, from 0 to
-    1 and the same when features are rotated, scaled by a number, or shifted.
+    1 and the same when features are rotated, scaled by a number, or shifted. Of unrelated features
+    it is not 0, and the nearer to 1 the more features there are for each patch: 0.62 for some 150
+    patches of 384 random features.
 
     Args:
         y_true: Patch features of the teacher, shape `(P, N, D')`, any float dtype. `D'` may differ

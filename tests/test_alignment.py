@@ -248,44 +248,7 @@ def test_pairs_with_little_overlap_do_not_count():
     assert float(terms["alignment_loss"]) == 0
 
 
-# In training
-
-
-@pytest.fixture(scope="module")
-def trained():
-    term = kd.PatchAlignment(weight=kd.WarmupCosine(2.0, 8, warmup_steps=2), min_patches=3)
-    model = tiny.model(alignment=term)
-    history = model.fit(tiny.images(2 * tiny.B), batch_size=tiny.B, epochs=2, verbose=0).history
-    return model, history
-
-
-def test_it_is_a_term_of_the_loss(trained):
-    """Its weight is 0 in the first step, 1 in the second."""
-    model, history = trained
-    assert all(0 < loss < 1 for loss in history["alignment_loss"])
-    logs = model.train_on_batch(tiny.images(), return_dict=True)
-    terms = {name: value for name, value in logs.items() if name != "loss"}
-    pairs, local = 2, 2 * tiny.L
-    shares = {
-        "dino_global_loss": pairs / (pairs + local),
-        "dino_local_loss": local / (pairs + local),
-        "koleo_loss": 0.1 * tiny.G,
-        "ibot_loss": 1.0,
-        "alignment_loss": float(model.alignment.weight(4)),
-    }
-    assert terms.keys() == shares.keys() and shares["alignment_loss"] > 1
-    expected = sum(shares[name] * terms[name] for name in terms)
-    assert logs["loss"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_it_is_saved_with_the_model(trained, tmp_path):
-    model, _ = trained
-    config = model.alignment.get_config()
-    assert kd.PatchAlignment.from_config(config).get_config() == config
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.alignment.get_config() == config
-    assert not loaded.alignment.weights
+# In a model; `test_terms.py` trains one
 
 
 def test_ready_crops_bring_their_boxes():
