@@ -1,6 +1,7 @@
 """DINOv3 self-supervised training for Keras 3, on PyTorch, JAX and TensorFlow."""
 
 from keras_dinov3 import callbacks, convert, data, evaluation, losses, recipes, visualize
+from keras_dinov3.alignment import PatchAlignment
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.encoder import Tokens, encode, encode_layers
 from keras_dinov3.extras import EncoderExtras
@@ -9,6 +10,7 @@ from keras_dinov3.heads import DINOHead
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.model import DINOv3
 from keras_dinov3.optimizers import AdamW, scaled_learning_rate
+from keras_dinov3.preservation import Preserve
 from keras_dinov3.schedules import WarmupCosine
 from keras_dinov3.targets import SoftmaxCentering, sinkhorn_knopp
 
@@ -20,6 +22,8 @@ __all__ = [
     "EncoderExtras",
     "GramAnchor",
     "MultiCrop",
+    "PatchAlignment",
+    "Preserve",
     "RandomMasking",
     "SoftmaxCentering",
     "Tokens",

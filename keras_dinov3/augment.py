@@ -106,11 +106,15 @@ class MultiCrop(keras.layers.Layer):
         gram_scale: `None`, or a number. With it there are crops for a Gram teacher too: the boxes
             and flips of the global crops, this many times as high and wide, normalised but
             otherwise as they are in the image.
+        boxes: Whether to say where in the image the global crops lie.
 
     Returns:
         Dict of float32 tensors: `"global_crops"` of shape `(B, G, height, width, C)`,
         `"local_crops"` of shape `(B, L, height, width, C)`, and with `gram_scale` `"gram_crops"`
-        of shape `(B, G, gram_scale * height, gram_scale * width, C)`.
+        of shape `(B, G, gram_scale * height, gram_scale * width, C)`. With `boxes` also
+        `"global_boxes"` `(B, G, 4)`, the top, left, height and width of the covered parts in
+        pixels of the image, and `"global_flips"` `(B, G)`, bool, whether left and right are
+        exchanged.
 
     Raises:
         ValueError: If an argument is outside the range given above, or the images are not of
@@ -177,6 +181,7 @@ class MultiCrop(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(seed)
         self._check_arguments()
         self._compiled_crops = backend.compiled(self._crops, static_argnames=("view", "size"))
+        self._compiled_boxes = backend.compiled(self._boxes, static_argnames=("view",))
         self._warned = False
         self.built = True  # no weights
 
@@ -198,23 +203,23 @@ class MultiCrop(keras.layers.Layer):
                     f"{2 * side - 1}. Without blur: `{view}_blur_probability=0`."
                 )
 
-    def __call__(self, images, gram_scale=None, **kwargs):
+    def __call__(self, images, gram_scale=None, boxes=False, **kwargs):
         check_value_range(images)
         if not backend.is_foreign_graph_tensor(images):
             images = backend.assert_in_graph(images, -0.5, 1.5, OUT_OF_RANGE)
-            return super().__call__(images, gram_scale=gram_scale, **kwargs)
+            return super().__call__(images, gram_scale=gram_scale, boxes=boxes, **kwargs)
         if images.shape.rank is None:
             raise ValueError(f"`images` must have a known rank. Received: {images}.")
         image_dtype(images)
-        shapes = self.compute_output_shape(tuple(images.shape), gram_scale)
+        shapes = self.compute_output_shape(tuple(images.shape), gram_scale, boxes)
 
         def call(images):
             check_value_range(images)
-            return self.call(images, gram_scale)
+            return self.call(images, gram_scale, boxes)
 
-        return backend.call_in_tf_graph(call, images, shapes)
+        return backend.call_in_tf_graph(call, images, as_specs(shapes))
 
-    def call(self, images, gram_scale=None):
+    def call(self, images, gram_scale=None, boxes=False):
         self._check_shape(images.shape)
         batch, channels = ops.shape(images)[0], images.shape[-1]
         images = ops.convert_to_tensor(images)
@@ -228,6 +233,10 @@ class MultiCrop(keras.layers.Layer):
             crop = functools.partial(self._compiled_crops, view=view, size=size)
             numbers = count * size[0] * size[1] * channels
             crops[f"{view}_crops"] = backend.in_cache(crop, images, draws, size=numbers)
+            if boxes and view == "global":
+                *box, flip = self._compiled_boxes(images, draws, view=view)
+                crops["global_boxes"] = ops.concatenate(box, axis=-1)
+                crops["global_flips"] = ops.squeeze(flip, -1)
         return crops
 
     def _views(self, gram_scale):
@@ -245,7 +254,6 @@ class MultiCrop(keras.layers.Layer):
         return views
 
     def _crops(self, images, draws, view, size):
-        draws = split_draws(draws)
         kind = "local" if view == "local" else "global"
         count, scale, blur_probability, solarize_probability = (
             getattr(self, name)
@@ -257,11 +265,9 @@ class MultiCrop(keras.layers.Layer):
             )
         )
         batch, height, width, channels = ops.shape(images)
-        boxes = random_boxes(draws, height, width, scale, self.crop_aspect_ratio)
-        boxes = [ops.reshape(x, (-1, count, 1)) for x in boxes]
-        top, left, box_height, box_width = boxes
+        top, left, box_height, box_width, flip = self._boxes(images, draws, kind)
+        draws = split_draws(draws)
         longest = longest_sides(height, width, scale, self.crop_aspect_ratio)
-        flip = ops.reshape(draws["flip"] < self.flip_probability, (-1, count, 1))
         how = KERNELS[self.interpolation], self.antialias
         x = ops.reshape(to_unit_range(images), (batch, height, width * channels))
         x = cut_and_resize(x, top, box_height, size[0], longest[0], *how)
@@ -275,6 +281,18 @@ class MultiCrop(keras.layers.Layer):
             x = self._distort(x, draws, count, blur_probability, solarize_probability)
         x = ops.reshape(ops.transpose(x, (0, 3, 1, 2)), (-1, count, *size, channels))
         return self.normalize(x)
+
+    def _boxes(self, images, draws, view):
+        """Top, left, height and width of the crops in pixels and whether they are flipped.
+
+        Each is `(B, crops, 1)`.
+        """
+        draws = split_draws(draws)
+        _, height, width, _ = ops.shape(images)
+        scale = getattr(self, f"{view}_crop_scale")
+        boxes = random_boxes(draws, height, width, scale, self.crop_aspect_ratio)
+        boxes = [*boxes, draws["flip"] < self.flip_probability]
+        return [ops.reshape(x, (-1, getattr(self, f"num_{view}_crops"), 1)) for x in boxes]
 
     def _distort(self, x, draws, count, blur_probability, solarize_probability):
         """Colour, blur and solarization of crops `(N, S, C, S)`."""
@@ -358,22 +376,33 @@ class MultiCrop(keras.layers.Layer):
                 stacklevel=2,
             )
 
-    def compute_output_shape(self, input_shape, gram_scale=None):
+    def compute_output_shape(self, input_shape, gram_scale=None, boxes=False):
         self._check_shape(input_shape)
         batch, channels = input_shape[0], input_shape[-1]
-        return {
+        shapes = {
             f"{view}_crops": (batch, count, *size, channels)
             for view, (count, size) in self._views(gram_scale).items()
         }
+        if boxes:
+            shapes["global_boxes"] = (batch, self.num_global_crops, 4)
+            shapes["global_flips"] = (batch, self.num_global_crops)
+        return shapes
 
-    def compute_output_spec(self, images, gram_scale=None):
+    def compute_output_spec(self, images, gram_scale=None, boxes=False):
         image_dtype(images)
-        shapes = self.compute_output_shape(images.shape, gram_scale)
-        return {name: keras.KerasTensor(shape, "float32") for name, shape in shapes.items()}
+        return as_specs(self.compute_output_shape(images.shape, gram_scale, boxes))
 
     def get_config(self):
         names = [name for name in inspect.signature(MultiCrop).parameters if name != "kwargs"]
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+def as_specs(shapes):
+    dtypes = {"global_flips": "bool"}
+    return {
+        name: keras.KerasTensor(shape, dtypes.get(name, "float32"))
+        for name, shape in shapes.items()
+    }
 
 
 def split_draws(draws):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from keras_dinov3 import backend
+from keras_dinov3.alignment import PatchAlignment
 from keras_dinov3.augment import MultiCrop, as_pair
 from keras_dinov3.encoder import grid_of
 from keras_dinov3.extras import EncoderExtras
@@ -12,8 +13,10 @@ from keras_dinov3.families import channels_of, check_backbone, patch_size_of
 from keras_dinov3.gram import GramAnchor
 from keras_dinov3.heads import check_teacher_heads
 from keras_dinov3.masking import BlockMasking, RandomMasking
+from keras_dinov3.preservation import Preserve
 from keras_dinov3.schedules import check_range, is_count, is_zero
 from keras_dinov3.targets import SoftmaxCentering
+from keras_dinov3.terms import terms_of
 
 COUNTS = ("num_prototypes", "num_patch_prototypes", "head_hidden_dim", "head_bottleneck_dim")
 COUNTS += ("head_num_layers", "koleo_top_k", "koleo_crops", "sinkhorn_iterations")
@@ -24,6 +27,7 @@ CHOICES["remat"] = ("none", "blocks", "full")
 # Of backbones: settings that no shape of a weight shows.
 FUNCTION_SETTINGS = ("num_heads", "patch_size", "rope_theta", "hidden_activation", "layer_norm_eps")
 FUNCTION_SETTINGS += ("use_gated_mlp", "use_swiglu_ffn", "apply_layernorm")
+KINDS = {"gram": GramAnchor, "alignment": PatchAlignment, "preserve": Preserve}  # see `terms.TERMS`
 WEIGHTS = ("dino_weight", "ibot_weight", "koleo_weight")
 
 
@@ -83,7 +87,7 @@ def check_settings(model):
         )
     check_teacher(model)
     check_teacher_ema(model.teacher_ema, student, model.teacher)
-    check_gram(model)
+    check_terms(model)
     crops = crops_of(model.augmentation)
     for kind, (count, size) in crops.items():
         if count:
@@ -93,23 +97,15 @@ def check_settings(model):
         check_pairs(crops["global"][0], crops["local"][0], model)
 
 
-def check_gram(model):
-    gram = model.gram
-    if gram is None:
-        return
-    if not isinstance(gram, GramAnchor):
-        raise ValueError(f"`gram` must be a `GramAnchor`, or None. Received: gram={gram!r}.")
-    if gram.is_live and patch_size_of(model.student) != patch_size_of(model.teacher):
-        raise ValueError(
-            'With `source="ema_teacher"` the Gram teacher sees the student\'s crops, so both need '
-            f"the same patch size. Received: {patch_size_of(model.student)} and "
-            f"{patch_size_of(model.teacher)}."
-        )
-    if gram.crop_scale is not None and model.augmentation is not None:
-        size = as_pair(model.augmentation.global_crop_size)
-        size = tuple(round(gram.crop_scale * side) for side in size)
-        backbone = model.teacher if gram.source == "teacher" else gram.source
-        grid_of(size, patch_size_of(backbone), "gram_crops")
+def check_terms(model):
+    for name, kind in KINDS.items():
+        term = getattr(model, name)
+        if not isinstance(term, (kind, type(None))):
+            raise ValueError(
+                f"`{name}` must be a `{kind.__name__}`, or None. Received: {name}={term!r}."
+            )
+    for term in terms_of(model).values():
+        term.check(model)
 
 
 def check_chunks(chunk_size, head_sizes):
@@ -250,11 +246,6 @@ def check_batch(batch, model):
     check_pairs(num_global_crops, crops.get("local", (0,))[0], model)
     if "masks" not in arrays:
         check_masking(model, batch_size, num_global_crops, size)
-    if "gram_crops" in arrays and arrays["gram_crops"].shape[1] != num_global_crops:
-        raise ValueError(
-            "`gram_crops` must hold one crop for each global crop. Received: shapes "
-            f"{arrays['gram_crops'].shape} and {arrays['global_crops'].shape}."
-        )
     if not is_zero(model.koleo_weight) and batch_size <= model.koleo_top_k:
         raise ValueError(
             "KoLeo compares the images of a batch, so a batch needs at least "
@@ -270,12 +261,11 @@ def check_masking(model, batch_size, num_crops, size):
     if model.masking is not None:
         grid_size = grid_of(size, patch_size_of(model.student), "global_crops")
         num_masked = model.masking.num_masked(batch_size, num_crops, grid_size)
-    needs_masks = model.gram is not None and (model.gram.tokens != "all" or model.gram.log_parts)
-    if needs_masks and model.masking is None:
+    needing = [name for name, term in terms_of(model).items() if term.needs_masks]
+    if needing and model.masking is None:
         raise ValueError(
-            "A `GramAnchor` that tells masked from unmasked patches needs masks. Received: "
-            f"tokens={model.gram.tokens!r}, log_parts={model.gram.log_parts}, masking=None and "
-            "data without `masks`."
+            "What tells masked from unmasked patches needs masks. Received: such settings of "
+            f"{', '.join(f'`{name}`' for name in needing)}, masking=None and data without `masks`."
         )
     if num_masked == 0 and not is_zero(model.ibot_weight):
         hides = "masking=None" if model.masking is None else "masking that hides no patch"
@@ -287,15 +277,15 @@ def check_masking(model, batch_size, num_crops, size):
 
 
 def check_crops(crops, model):
-    needed = {"global_crops"}
-    if model.gram is not None and model.gram.crop_scale is not None:
-        needed.add("gram_crops")
+    terms = terms_of(model).values()
+    needed = {"global_crops", *(name for term in terms for name in term.crop_names)}
     unknown = set(crops) - needed - {"local_crops", "masks"}
     if unknown or needed - set(crops):
         raise ValueError(
             'Ready crops are a dict with "global_crops" (B, G, S, S, C) and optionally '
             '"local_crops" (B, L, s, s, C) and "masks" (B, G, N); for a `GramAnchor` with a Gram '
-            'teacher of its own also "gram_crops" (B, G, T, T, C), the same boxes, larger. '
+            'teacher of its own also "gram_crops" (B, G, T, T, C), the same boxes, larger; for a '
+            '`PatchAlignment` of different crops "global_boxes" (B, G, 4), "global_flips" (B, G). '
             f"Received: keys {sorted(crops)}; needed: {sorted(needed)}."
         )
     channels, patch_size = channels_of(model.student), patch_size_of(model.student)
@@ -304,10 +294,12 @@ def check_crops(crops, model):
             "`global_crops` must hold at least one crop of each image. Received: shape "
             f"{crops['global_crops'].shape}."
         )
-    for name in crops.keys() - {"masks"}:
+    for name in crops.keys() & {"global_crops", "local_crops", "gram_crops"}:
         check_pixels(name, crops[name], channels, 5, normalized=True)
         backbone = model.gram.backbone if name == "gram_crops" else model.student
         grid_of(crops[name].shape[2:4], patch_size_of(backbone), name)
+    for term in terms:
+        term.check_crops(crops)
     if "masks" in crops:
         masks, (height, width) = crops["masks"], crops["global_crops"].shape[2:4]
         num_patches = (height // patch_size) * (width // patch_size)

@@ -7,13 +7,14 @@ import numpy as np
 from keras import ops
 
 from keras_dinov3 import backend
+from keras_dinov3.augment import as_pair
 from keras_dinov3.encoder import encode, grid_of, merge
-from keras_dinov3.extras import extras_for
-from keras_dinov3.families import channels_of, check_backbone, copy_of, patch_size_of
+from keras_dinov3.families import check_backbone, patch_size_of
 from keras_dinov3.losses import check_negatives, gram_loss
 from keras_dinov3.masking import masked_slots
 from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_count, check_range, check_steps, value_at
+from keras_dinov3.terms import Term, check_frozen, frozen_copy, read_preset
 
 SOURCES = ("teacher", "ema_teacher")
 TOKENS = ("all", "masked", "unmasked")
@@ -77,7 +78,7 @@ class GramTeacher(keras.callbacks.Callback):
 
 
 @keras.saving.register_keras_serializable(package="keras_dinov3")
-class GramAnchor(keras.layers.Layer):
+class GramAnchor(Term):
     """Anchors the student's patch similarities to those of an earlier, frozen backbone.
 
     Long training improves class tokens while patch features lose their detail. The Gram teacher
@@ -119,6 +120,8 @@ class GramAnchor(keras.layers.Layer):
         [Siméoni et al., 2025](https://arxiv.org/abs/2508.10104), sections 4.2 and 4.3.
     """
 
+    is_on = True  # also at weight 0, for what it logs
+
     def __init__(
         self,
         source="teacher",
@@ -151,43 +154,40 @@ class GramAnchor(keras.layers.Layer):
         self.negatives = negatives
         self.antialias = antialias
         self.log_parts = log_parts
-        self.backbone = self.extras = None
 
-    def build_for(self, teacher, extras):
-        """Makes the Gram teacher.
-
-        Args:
-            teacher: The EMA teacher's backbone.
-            extras: Its `EncoderExtras`.
-
-        Returns:
-            This layer.
-
-        Raises:
-            ValueError: If the anchor belongs to another model, or cannot see the same images.
-        """
-        if self.built:
-            raise ValueError(
-                "A `GramAnchor` holds the Gram teacher of one model. Received: one that has a "
-                "model. Make another: `GramAnchor.from_config(anchor.get_config())`."
-            )
-        if self.source == "teacher":
-            self.backbone = copy_of(teacher)
-            self.extras = extras_for(self.backbone, extras, "gram")
-            self.extras.set_weights(extras.get_weights())
-        elif self.source != "ema_teacher":
-            self.backbone = self.source
-            if channels_of(self.backbone) != channels_of(teacher):
+    def check(self, model):
+        if self.is_live:
+            if patch_size_of(model.student) != patch_size_of(model.teacher):
                 raise ValueError(
-                    "The Gram teacher sees the student's images, so it needs their channels. "
-                    f"Received: {channels_of(self.backbone)} and {channels_of(teacher)}."
+                    'With `source="ema_teacher"` the Gram teacher sees the student\'s crops, so '
+                    f"both need the same patch size. Received: {patch_size_of(model.student)} "
+                    f"and {patch_size_of(model.teacher)}."
                 )
-        self.trainable = False
-        for layer in (self.backbone, self.extras):
-            if layer is not None:
-                layer.trainable = False
-        self.built = True
-        return self
+            return
+        backbone = model.teacher
+        if self.source != "teacher":
+            backbone = self.source
+            check_frozen("gram", backbone, model)
+        if model.augmentation is not None:
+            size = as_pair(model.augmentation.global_crop_size)
+            size = tuple(round(self.resolution_scale * side) for side in size)
+            grid_of(size, patch_size_of(backbone), "gram_crops")
+
+    def check_crops(self, crops):
+        shapes = [crops[name].shape for name in ("global_crops", *self.crop_names)]
+        if len({shape[1] for shape in shapes}) > 1:
+            raise ValueError(
+                "`gram_crops` must hold one crop for each global crop. Received: shapes "
+                f"{shapes[1]} and {shapes[0]}."
+            )
+
+    def make(self, model):
+        self.student_patch_size = patch_size_of(model.student)
+        if self.source == "teacher":
+            teacher = frozen_copy(model.teacher, model.teacher_extras, "gram")
+            self.backbone, self.extras = teacher
+        elif not self.is_live:
+            self.backbone = self.source
 
     @property
     def is_live(self):
@@ -195,14 +195,26 @@ class GramAnchor(keras.layers.Layer):
         return self.source == "ema_teacher"
 
     @property
-    def crop_scale(self):
-        """`gram_scale` of `MultiCrop`: `None` if no crops are needed."""
-        return None if self.is_live else self.resolution_scale
+    def crop_options(self):
+        return {} if self.is_live else {"gram_scale": self.resolution_scale}
+
+    @property
+    def crop_names(self):
+        return () if self.is_live else ("gram_crops",)
+
+    @property
+    def needs_masks(self):
+        return self.tokens != "all" or self.log_parts
 
     def log_weights(self):
-        """What is in the logs, by name, and whether it is ever other than 0."""
         parts = {f"gram_{part}_loss": 1 for part in PARTS} if self.log_parts else {}
         return {"gram_loss": self.weight, **parts}
+
+    def see(self, crops, student, teacher, masks, step):
+        size = crops["global_crops"].shape[2:4]
+        grid_size = grid_of(size, self.student_patch_size, "global_crops")
+        targets = self.targets(crops.get("gram_crops"), grid_size, teacher.patches, step)
+        return student.patches, targets, masks
 
     def targets(self, crops, grid_size, teacher_patches, step):
         """What the student's patches are compared with.
@@ -233,17 +245,6 @@ class GramAnchor(keras.layers.Layer):
         return ops.stop_gradient(ops.cond(step >= self.refresh.start_step, seen, unseen))
 
     def losses_of(self, student_patches, targets, masks, step):
-        """The terms and what they weigh in the total.
-
-        Args:
-            student_patches: `(B * G, N, D)`.
-            targets: `(B * G, N, D')`, as `targets` returns them.
-            masks: Bool `(B, G, N)`, or `None`.
-            step: Int tensor.
-
-        Returns:
-            Two dicts by name: scalar float32 tensors, and their weights.
-        """
         is_on = ops.cast(step >= self.refresh.start_step, "float32")
         if self.tokens == "all":
             loss = ops.mean(self.compare(targets, student_patches, per_image=self.per_image))
@@ -271,13 +272,14 @@ class GramAnchor(keras.layers.Layer):
         )
         return self.compare(targets, patches, per_image=False, weights=slots.valid)
 
-    def follow(self, teacher, extras, step, ticks):
-        """Copies the EMA teacher if a refresh is due at `step`, when `ticks` is 1."""
+    def follow(self, model, ticks):
+        """Copies the EMA teacher if a refresh is due, when `ticks` is 1."""
         if self.source != "teacher":
             return
-        is_due = ops.logical_and(self.refresh.is_due(step), ticks > 0)
+        is_due = ops.logical_and(self.refresh.is_due(model.step), ticks > 0)
         kept = 1.0 - ops.cast(is_due, "float32")
-        for copy, original in ((self.backbone, teacher), (self.extras, extras)):
+        copies = (self.backbone, model.teacher), (self.extras, model.teacher_extras)
+        for copy, original in copies:
             backend.move_towards(copy.weights, original.weights, kept)
 
     def copy(self, teacher, extras):

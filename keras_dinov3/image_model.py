@@ -14,6 +14,7 @@ from keras_dinov3.checks import check_batch, check_teacher_ema
 from keras_dinov3.families import copy_of
 from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_count, is_zero
+from keras_dinov3.terms import terms_of
 
 
 class ImageModel(keras.Model):
@@ -133,7 +134,7 @@ class ImageModel(keras.Model):
                 self.teacher_ema = callback
             if isinstance(callback, GramTeacher):
                 self.set_gram_teacher(callback)
-        rules = [self.teacher_ema, None if self.gram is None else self.gram.refresh]
+        rules = [self.teacher_ema, *(term.refresh for term in terms_of(self).values())]
         callbacks += [rule for rule in rules if rule is not None and rule not in callbacks]
         self.bad_since.assign([0] * len(self.term_means))
         in_order = getattr(x, "position", None) is not None

@@ -24,6 +24,7 @@ from keras_dinov3.optimizers import set_roles
 from keras_dinov3.prototypes import dino_losses, ibot_losses, project, project_all
 from keras_dinov3.schedules import is_zero, value_at
 from keras_dinov3.targets import make_targets
+from keras_dinov3.terms import merged, terms_of
 
 
 @keras.saving.register_keras_serializable(package="keras_dinov3")
@@ -80,8 +81,9 @@ class DINOv3(ImageModel):
             distilled: trained with it, of any width. `None`: new ones.
         teacher_ema: `callbacks.TeacherEMA`; `"default"` is one with its defaults. `None`: the
             teacher is frozen. A `TeacherEMA` among `fit`'s callbacks takes its place.
-        gram: `GramAnchor`, which holds patch similarities to those of a frozen backbone. `None`: no
-            such loss.
+        gram: `GramAnchor`, which holds patch similarities to those of a frozen backbone, or `None`.
+        alignment: `PatchAlignment`, which aligns the patches of overlapping crops, or `None`.
+        preserve: `Preserve`, which keeps class tokens near those of released weights, or `None`.
         prototype_chunk_size: Int, a divisor of both numbers of prototypes. Logits are then made
             and compared for that many prototypes at a time, in the backward pass once more: the
             same losses and gradients in less memory and more time. `None`: all at once.
@@ -92,11 +94,12 @@ class DINOv3(ImageModel):
         inputs: Images `(B, H, W, C)`, uint8 0-255 or float 0-1. Or a dict of ready,
             normalised crops: `"global_crops"` `(B, G, S, S, C)`, optionally `"local_crops"`
             `(B, L, s, s, C)` and `"masks"` `(B, G, N)`, bool, true where hidden; with a `gram`
-            also `"gram_crops"` `(B, G, T, T, C)`.
+            also `"gram_crops"` `(B, G, T, T, C)`, with an `alignment` where they lie, see there.
 
     Logs:
-        `loss`, `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`, `gram_loss`: the
-        total, and the unweighted mean of each term whose weight is not the number 0.
+        `loss`, `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`, `gram_loss`,
+        `alignment_loss`, `preservation_loss`: the total, and the unweighted mean of each term
+        whose weight is not the number 0.
 
     Raises:
         TypeError: If `backbone` is of no supported family.
@@ -138,6 +141,8 @@ class DINOv3(ImageModel):
         teacher_heads=None,
         teacher_ema="default",
         gram=None,
+        alignment=None,
+        preserve=None,
         prototype_chunk_size=None,
         seed=None,
         **kwargs,
@@ -177,6 +182,8 @@ class DINOv3(ImageModel):
         self.teacher_heads = teacher_heads
         self.teacher_ema = teacher_ema
         self.gram = gram
+        self.alignment = alignment
+        self.preserve = preserve
         self.prototype_chunk_size = prototype_chunk_size
         self.seed = seed
         self.student = backbone
@@ -193,8 +200,8 @@ class DINOv3(ImageModel):
             teacher.trainable = False
             if student is not backbone and teacher_ema is not None:
                 teacher.set_weights(student.get_weights())
-        if gram is not None:
-            gram.build_for(self.teacher, self.teacher_extras)
+        for term in terms_of(self).values():
+            term.build_for(self)
         if self.has_foreign_teacher:
             freeze_mask_token(self.student, self.student_extras)  # nothing is hidden from it
         set_roles(*(student for student, _ in self.student_and_teacher))
@@ -208,7 +215,7 @@ class DINOv3(ImageModel):
             dino_local_loss=dino_weight if crops.get("local") != 0 else 0,
             ibot_loss=ibot_weight,
             koleo_loss=koleo_weight,
-            **({} if gram is None else gram.log_weights()),
+            **merged(term.log_weights() for term in terms_of(self).values()),
         )
         self.built = True
 
@@ -217,7 +224,7 @@ class DINOv3(ImageModel):
             return backend.step_then(self, super().train_step, args, self.update_teacher)
 
     def call(self, inputs, training=False):
-        global_crops, local_crops, masks, slots, gram_crops = self.make_views(inputs, training)
+        global_crops, local_crops, masks, slots, crops = self.make_views(inputs, training)
         batch_size, chunk = global_crops.shape[0], self.prototype_chunk_size
 
         def by_image(tokens):
@@ -239,10 +246,8 @@ class DINOv3(ImageModel):
             outputs["student_patches"] = project(self.student_ibot_head, student_patches, chunk)
             outputs["teacher_patches"] = project(self.teacher_ibot_head, teacher_patches, chunk)
             outputs["slots"] = slots
-        if self.gram is not None:
-            grid_size = grid_of(global_crops.shape[2:4], patch_size_of(self.student), "crops")
-            targets = self.gram.targets(gram_crops, grid_size, teacher.patches, self.step)
-            outputs["gram"] = student.patches, targets, masks  # (B * G, N, D), also (B, G, N)
+        for name, term in terms_of(self).items():
+            outputs[name] = term.see(crops, student, teacher, masks, self.step)
         return outputs
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -289,9 +294,9 @@ class DINOv3(ImageModel):
             ]
             terms["koleo_loss"] = ops.mean(ops.stack(losses))
             weights["koleo_loss"] = value_at(self.koleo_weight, self.step) * num_crops
-        if "gram" in outputs:
-            losses, gram_weights = self.gram.losses_of(*outputs["gram"], self.step)
-            terms, weights = terms | losses, weights | gram_weights
+        for name, term in terms_of(self).items():
+            losses, own_weights = term.losses_of(*outputs[name], step=self.step)
+            terms, weights = terms | losses, weights | own_weights
         return sum(weights[name] * terms[name] for name in terms), terms
 
     def update_teacher(self, ticks):
@@ -303,18 +308,18 @@ class DINOv3(ImageModel):
             for student, teacher in self.student_and_teacher:
                 backend.move_towards(teacher.weights, student.weights, momentum)
         self.step.assign_add(ops.cast(ticks, "int32"))
-        if self.gram is not None:
-            self.gram.follow(self.teacher, self.teacher_extras, self.step, ticks)
+        for term in terms_of(self).values():
+            term.follow(self, ticks)
 
     # What the step is made of
 
     def make_views(self, inputs, training):
-        """Global and local crops, masks, slots of masked patches, and crops for `gram`."""
+        """Global and local crops, masks, slots of masked patches, and all that came."""
         shapes = self.train_shapes if training else self.test_shapes
         crops = inputs = backend.declare_shapes(inputs, shapes)
         if not isinstance(inputs, dict):
-            gram_scale = None if self.gram is None else self.gram.crop_scale
-            crops = self.augmentation(inputs, gram_scale=gram_scale)
+            options = merged(term.crop_options for term in terms_of(self).values())
+            crops = self.augmentation(inputs, **options)
         global_crops, local_crops = crops["global_crops"], crops.get("local_crops")
         if local_crops is not None and local_crops.shape[1] == 0:
             local_crops = None
@@ -334,7 +339,7 @@ class DINOv3(ImageModel):
             slots = masked_slots(masks, num_masked, self.ibot_average, exact=True)
         if is_zero(self.ibot_weight):
             slots = None
-        return global_crops, local_crops, masks, slots, crops.get("gram_crops")
+        return global_crops, local_crops, masks, slots, crops
 
     def study(self, global_crops, local_crops, masks, training):
         """The student's tokens of masked global crops and, if there are any, of local ones."""

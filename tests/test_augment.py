@@ -843,3 +843,26 @@ def test_crops_for_a_gram_teacher_in_a_pipeline():
     assert data.element_spec["gram_crops"].shape == (2, 2, 18, 27, 3)
     (found,) = data.as_numpy_iterator()
     close(found["gram_crops"], numpy(expected["gram_crops"]), 0, 1e-5)
+
+
+def test_boxes_of_the_global_crops_in_a_pipeline():
+    """They are handed out when asked for, and nothing else changes."""
+    layer = MultiCrop(global_crop_size=(12, 18), local_crop_size=(10, 11), seed=3)
+    expected = layer(IMAGES)
+    rewind(layer)
+    found = layer(IMAGES, boxes=True)
+    assert found.keys() - expected.keys() == {"global_boxes", "global_flips"}
+    for name, crops in expected.items():
+        np.testing.assert_array_equal(numpy(found[name]), numpy(crops))
+    boxes, flips = numpy(found["global_boxes"]), numpy(found["global_flips"])
+    assert np.all(boxes == np.round(boxes)) and np.all(boxes[..., 2:] >= 1) and boxes.min() >= 0
+    assert np.all(boxes[..., :2] + boxes[..., 2:] <= IMAGES.shape[1:3])
+    rewind(layer)
+    data = tf.data.Dataset.from_tensors(IMAGES).map(lambda x: layer(x, boxes=True))
+    assert data.element_spec["global_boxes"] == tf.TensorSpec((2, 2, 4), "float32")
+    assert data.element_spec["global_flips"] == tf.TensorSpec((2, 2), "bool")
+    (mapped,) = data.as_numpy_iterator()
+    np.testing.assert_array_equal(mapped["global_boxes"], boxes)
+    np.testing.assert_array_equal(mapped["global_flips"], flips)
+    specs = layer.compute_output_spec(keras.KerasTensor((None, 30, 44, 3), "uint8"), boxes=True)
+    assert specs["global_boxes"].shape == (None, 2, 4) and specs["global_flips"].dtype == "bool"

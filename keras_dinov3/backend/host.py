@@ -111,14 +111,14 @@ def is_foreign_graph_tensor(x):
     return tf is not None and keras.config.backend() != "tensorflow" and tf.is_symbolic_tensor(x)
 
 
-def call_in_tf_graph(function, array, shapes):
+def call_in_tf_graph(function, array, specs):
     """Runs a function of this backend inside a TensorFlow graph, on the host.
 
     Args:
-        function: Function of one NumPy array that returns a dict of float32 tensors. It may be
-            called from several threads at once.
+        function: Function of one NumPy array that returns a dict of tensors. It may be called from
+            several threads at once.
         array: Symbolic TensorFlow tensor.
-        shapes: Dict with the shape of each output; `None` is an unknown length.
+        specs: Dict with a `KerasTensor` like each output; `None` in its shape is an unknown length.
 
     Returns:
         Dict of symbolic TensorFlow tensors.
@@ -128,12 +128,12 @@ def call_in_tf_graph(function, array, shapes):
     def run(array):
         with keras.device("cpu"):
             outputs = function(array)
-        return [ops.convert_to_numpy(outputs[name]) for name in shapes]
+        return [ops.convert_to_numpy(outputs[name]) for name in specs]
 
-    outputs = tf.numpy_function(run, [array], [tf.float32] * len(shapes))
+    outputs = tf.numpy_function(run, [array], [spec.dtype for spec in specs.values()])
     return {
-        name: tf.ensure_shape(output, shape)
-        for (name, shape), output in zip(shapes.items(), outputs, strict=True)
+        name: tf.ensure_shape(output, spec.shape)
+        for (name, spec), output in zip(specs.items(), outputs, strict=True)
     }
 
 
