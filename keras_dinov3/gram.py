@@ -14,7 +14,7 @@ from keras_dinov3.losses import check_negatives, gram_loss
 from keras_dinov3.masking import masked_slots
 from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_count, check_range, check_steps, value_at
-from keras_dinov3.terms import Term, check_frozen, frozen_copy, read_preset
+from keras_dinov3.terms import Term, check_frozen, frozen_copy
 
 SOURCES = ("teacher", "ema_teacher")
 TOKENS = ("all", "masked", "unmasked")

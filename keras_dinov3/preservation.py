@@ -9,8 +9,9 @@ from keras_dinov3.augment import as_pair
 from keras_dinov3.encoder import encode, grid_of, merge
 from keras_dinov3.families import check_backbone, patch_size_of
 from keras_dinov3.losses import l2_normalize
+from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_range, value_at
-from keras_dinov3.terms import Term, check_frozen, frozen_copy, read_preset
+from keras_dinov3.terms import Term, check_frozen, frozen_copy
 
 DISTANCES = ("cosine", "squared")
 

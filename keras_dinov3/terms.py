@@ -121,13 +121,6 @@ def frozen_copy(backbone, extras, name):
     return copy, own
 
 
-def read_preset(name):
-    """The backbone of a Keras Hub preset, by its name or folder."""
-    import keras_hub
-
-    return keras_hub.models.Backbone.from_preset(name)
-
-
 def check_frozen(name, backbone, model):
     """Says why a backbone cannot be the frozen one of an argument `name` of a model."""
     if backbone in (model.student, model.teacher):
