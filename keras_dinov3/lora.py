@@ -86,7 +86,10 @@ class LoRA(keras.layers.Layer):
         blocks = [parts.block_weights(layer, "float32") for layer in parts.blocks]
         self.check_fit(blocks[0], type(backbone).__name__)
         self.factors = tuple(
-            {name: self.make_factors(index, name, *weights[name][0].shape) for name in self.projections}
+            {
+                name: self.make_factors(f"block_{index}_{name}", *weights[name][0].shape)
+                for name in self.projections
+            }
             for index, weights in enumerate(blocks)
         )
         backbone.trainable = False
@@ -109,10 +112,9 @@ class LoRA(keras.layers.Layer):
                 f"these. Received: rank={self.rank}, and a side of {smallest}."
             )
 
-    def make_factors(self, index, projection, num_inputs, num_outputs):
-        """`A` and `B` of one projection; `x A` has the variance of `x`."""
+    def make_factors(self, name, num_inputs, num_outputs):
+        """`A` and `B` of one projection; `x A` has about the variance of `x`."""
         initializer = keras.initializers.RandomNormal(stddev=num_inputs**-0.5)
-        name = f"block_{index}_{projection}"
         return (
             self.add_weight((num_inputs, self.rank), initializer, name=f"{name}_a"),
             self.add_weight((self.rank, num_outputs), "zeros", name=f"{name}_b"),
