@@ -7,6 +7,7 @@ from keras_dinov3.encoder import Tokens, encode, encode_layers
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.gram import GramAnchor
 from keras_dinov3.heads import DINOHead
+from keras_dinov3.lora import LoRA
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.model import DINOv3
 from keras_dinov3.optimizers import AdamW, scaled_learning_rate
@@ -21,6 +22,7 @@ __all__ = [
     "DINOv3",
     "EncoderExtras",
     "GramAnchor",
+    "LoRA",
     "MultiCrop",
     "PatchAlignment",
     "Preserve",

@@ -44,9 +44,9 @@ def block(
     Args:
         x: Tokens of all views, shape `(rows, D)`.
         weights: Dict by role. `"query"`, `"key"`, `"value"`, `"output"`, `"up"`, `"down"` and, in
-            a gated MLP, `"gate"`: pairs of kernel and bias, or `None` for no bias. `"norm1"`,
-            `"norm2"`: pairs of gain and offset. `"layer_scale1"`, `"layer_scale2"`: tensors or
-            `None`.
+            a gated MLP, `"gate"`: pairs of kernel and bias, or `None` for no bias; with an adapter,
+            its two matrices follow, see `dense`. `"norm1"`, `"norm2"`: pairs of gain and offset.
+            `"layer_scale1"`, `"layer_scale2"`: tensors or `None`.
         sizes: Tuple with a pair for each view: its images and the tokens of each. The rows are
             those of the first view, image by image, then those of the next.
         num_heads: Int.
@@ -131,8 +131,11 @@ def mlp(x, weights, activation):
     return dense(x, weights["down"])
 
 
-def dense(x, kernel_and_bias):
-    return backend.dense(x, *kernel_and_bias)
+def dense(x, weights):
+    """`x @ kernel + bias`, plus `x @ a @ b` where `weights` have these too."""
+    kernel, bias, *adapter = weights
+    y = backend.dense(x, kernel, bias)
+    return y + backend.dense(backend.dense(x, adapter[0]), adapter[1]) if adapter else y
 
 
 def normalize(x, gamma, beta, epsilon, norm=LAYER):

@@ -12,6 +12,7 @@ from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import channels_of, check_backbone, patch_size_of
 from keras_dinov3.gram import GramAnchor
 from keras_dinov3.heads import check_teacher_heads
+from keras_dinov3.lora import check_lora
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.preservation import Preserve
 from keras_dinov3.schedules import check_range, is_count, is_zero
@@ -53,6 +54,7 @@ def check_settings(model):
         raise ValueError(
             f"`extras` must be an `EncoderExtras` layer, or None. Received: {model.extras!r}."
         )
+    check_lora(model.lora)
     for name in (*WEIGHTS, "local_weight"):
         check_range(name, getattr(model, name), low=0, below=math.inf)
     if all(is_zero(getattr(model, name)) for name in WEIGHTS):
@@ -154,7 +156,7 @@ def check_teacher_ema(teacher_ema, student, teacher, student_alone=None):
         raise ValueError(
             "A teacher that follows the student must compute the same function of its weights. "
             "Received: a model made with `teacher_ema=None` and a `teacher` of its own, to which "
-            "its `extras` do not apply. Build the model with this `teacher_ema`."
+            "its `extras` and `lora` do not apply. Build the model with this `teacher_ema`."
         )
     settings = [
         {name: getattr(side, name, None) for name in FUNCTION_SETTINGS}

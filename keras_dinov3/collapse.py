@@ -251,10 +251,12 @@ def look_at(model, crops):
     few = patches[: NUM_SIMILARITIES * num_crops : num_crops]
     values["patch_similarity"] = ops.matmul(few, ops.transpose(few, (0, 2, 1)))
 
-    weights = [ops.convert_to_tensor(weight) for weight in model.student.weights]
+    weights = [*model.student.weights, *model.student_extras.weights]
+    weights = [ops.convert_to_tensor(weight) for weight in weights]
     values["weight_norm"] = backend.global_norm(weights)
     if model.teacher_ema is not None:
-        pairs = zip(weights, model.teacher.weights, strict=True)
+        others = [*model.teacher.weights, *model.teacher_extras.weights]
+        pairs = zip(weights, others, strict=True)
         distance = backend.global_norm([x - ops.convert_to_tensor(y) for x, y in pairs])
         values["teacher_distance"] = distance / values["weight_norm"]
     return values

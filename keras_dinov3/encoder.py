@@ -267,6 +267,8 @@ def blocks_of(
         weights = parts.block_weights(layer, dtype)
         if not extras.layer_scale:
             weights.update(layer_scale1=None, layer_scale2=None)
+        if extras.lora is not None:
+            weights = extras.lora.adapted(index, weights)
         blocks.append(
             {
                 "weights": weights,

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_dinov3.families import parts_of
+from keras_dinov3.lora import check_lora
 from keras_dinov3.rope import rope_periods, rope_tables
 from keras_dinov3.schedules import check_count, check_range
 
@@ -36,6 +37,8 @@ class EncoderExtras(keras.layers.Layer):
         rope_jitter: Float `j > 1` or `None`. They are multiplied by numbers, one per axis,
             whose logarithm is from `U(-log j, log j)`.
         rope_rescale: Float `r > 1` or `None`. Both are multiplied by one such number.
+        lora: `LoRA`, or `None`. Low-rank adapters of the backbone, whose own weights are frozen
+            then. `DINOv3(lora=...)` gives its own to the extras of student and teacher.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Raises:
@@ -59,10 +62,12 @@ class EncoderExtras(keras.layers.Layer):
         rope_shift=None,
         rope_jitter=None,
         rope_rescale=None,
+        lora=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         check_count("num_register_tokens", num_register_tokens)
+        check_lora(lora)
         switches = (("untie_cls_norm", untie_cls_norm), ("layer_scale", layer_scale))
         for name, value in (*switches, ("untie_local_cls_norm", untie_local_cls_norm)):
             if not isinstance(value, bool):
@@ -92,6 +97,7 @@ class EncoderExtras(keras.layers.Layer):
         self.rope_shift = rope_shift
         self.rope_jitter = rope_jitter
         self.rope_rescale = rope_rescale
+        self.lora = lora
         # What `build_for` may make
         self.register_tokens = self.mask_token = self.cls_norm = self.local_cls_norm = None
 
@@ -141,12 +147,14 @@ class EncoderExtras(keras.layers.Layer):
                         scale = getattr(layer, name)
                         scale.trainable = False
                         scale.lambda1.assign(ops.ones(scale.lambda1.shape))
+        if self.lora is not None:
+            self.lora.build_for(backbone)
         self.built = True
         return self
 
     def check_use(self, training, seed):
         """Raises if these are settings without the weights they need, or draws without a seed."""
-        owns = (self.num_register_tokens, self.untie_cls_norm, self.untie_local_cls_norm)
+        owns = (self.num_register_tokens, self.untie_cls_norm, self.untie_local_cls_norm, self.lora)
         if any(owns) and not self.built:
             raise ValueError(
                 "These `EncoderExtras` have settings that need weights, and no weights yet. Of a "
@@ -209,7 +217,13 @@ class EncoderExtras(keras.layers.Layer):
     def get_config(self):
         names = ("num_register_tokens", "untie_cls_norm", "untie_local_cls_norm", "norm")
         names += ("layer_scale", "rope_normalize", "rope_periods", "rope_shift", "rope_jitter")
-        return {**super().get_config(), **{n: getattr(self, n) for n in (*names, "rope_rescale")}}
+        config = {name: getattr(self, name) for name in (*names, "rope_rescale")}
+        lora = keras.saving.serialize_keras_object(self.lora)
+        return {**super().get_config(), **config, "lora": lora}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "lora": keras.saving.deserialize_keras_object(config.get("lora"))})
 
 
 def is_interval(value):
@@ -222,8 +236,20 @@ def is_interval(value):
     )
 
 
-def extras_for(backbone, settings, name):
-    """An `EncoderExtras` layer of a backbone's own, with the settings of another or with none."""
+def extras_for(backbone, settings, name, lora=None):
+    """An `EncoderExtras` layer of a backbone's own, with the settings of another or with none.
+
+    Args:
+        backbone: The backbone.
+        settings: `EncoderExtras`, or `None`.
+        name: Str, the beginning of the layer's name.
+        lora: `LoRA` whose settings the adapters have. `None`: those of `settings`, if it has any.
+
+    Returns:
+        `EncoderExtras`, built.
+    """
     config = {} if settings is None else settings.get_config()
     config = {**config, "name": f"{name}_extras", "dtype": backbone.dtype_policy}
-    return EncoderExtras(**config).build_for(backbone)
+    if lora is not None:
+        config["lora"] = keras.saving.serialize_keras_object(lora)
+    return EncoderExtras.from_config(config).build_for(backbone)

@@ -4,6 +4,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import keras_hub
+import numpy as np
 from keras import ops
 
 from keras_dinov3.augment import as_pair
@@ -31,6 +32,7 @@ class Parts(NamedTuple):
     activation: Any  # of the MLP
     blocks: list  # Keras layers
     block_weights: Any  # function (layer, dtype) to a dict, see `block.block`
+    projections: Any  # function (layer) to a dict of its dense layers by role
     norm: Any  # the final norm, a Keras layer, whose epsilon is that of the blocks' norms too
 
 
@@ -62,6 +64,7 @@ def parts_of(backbone):
             rope_theta=backbone.rope_theta,
             activation=backbone.hidden_activation,
             block_weights=dinov3_block,
+            projections=dinov3_projections,
         )
     height, width = embeddings.image_shape
     return Parts(
@@ -71,6 +74,7 @@ def parts_of(backbone):
         rope_theta=None,
         activation="silu" if backbone.use_swiglu_ffn else "gelu",
         block_weights=dinov2_block,
+        projections=dinov2_projections,
     )
 
 
@@ -91,27 +95,28 @@ def vit_parts(backbone):
         activation="gelu",
         blocks=encoder.encoder_layers,
         block_weights=vit_block,
+        projections=vit_projections,
         norm=encoder.layer_norm,
     )
 
 
 def dinov3_block(layer, dtype):
     """The weights of a Hub `DINOV3Layer` by role, matrices and scales cast to `dtype`."""
-    weights = {
+    projections = dinov3_projections(layer)
+    return {
         "norm1": norm_weights(layer.norm1),
-        "query": dense_weights(layer.attention.query_dense, dtype),
-        "key": dense_weights(layer.attention.key_dense, dtype),
-        "value": dense_weights(layer.attention.value_dense, dtype),
-        "output": dense_weights(layer.attention.output_dense, dtype),
         "layer_scale1": ops.cast(layer.layer_scale1.lambda1, dtype),
         "norm2": norm_weights(layer.norm2),
-        "up": dense_weights(layer.mlp.up_proj, dtype),
-        "down": dense_weights(layer.mlp.down_proj, dtype),
         "layer_scale2": ops.cast(layer.layer_scale2.lambda1, dtype),
+        **{role: dense_weights(dense, dtype) for role, dense in projections.items()},
     }
-    if layer.use_gated_mlp:
-        weights["gate"] = dense_weights(layer.mlp.gate_proj, dtype)
-    return weights
+
+
+def dinov3_projections(layer):
+    """The layers of a Hub `DINOV3Layer` that are matrix products, by role."""
+    mlp = layer.mlp
+    gate = {"gate": mlp.gate_proj} if layer.use_gated_mlp else {}
+    return {**attention_layers(layer.attention), **gate, "up": mlp.up_proj, "down": mlp.down_proj}
 
 
 def dinov2_block(layer, dtype):
@@ -134,6 +139,15 @@ def dinov2_block(layer, dtype):
     return weights
 
 
+def dinov2_projections(layer):
+    """The same of a Hub `DINOV2Layer`; gate and up of a gated MLP are halves of one."""
+    layers, mlp = attention_layers(layer.attention.attention), layer.mlp
+    if layer.use_swiglu_ffn:
+        both = mlp.weights_in
+        return {**layers, "gate": both, "up": both, "down": mlp.weights_out}
+    return {**layers, "up": mlp.fc1, "down": mlp.fc2}
+
+
 def vit_block(layer, dtype):
     """The same of a Hub `ViTEncoderBlock`, which has no layer scale."""
     return {
@@ -147,11 +161,19 @@ def vit_block(layer, dtype):
     }
 
 
+def vit_projections(layer):
+    """The same of a Hub `ViTEncoderBlock`."""
+    return {**attention_layers(layer.mha), "up": layer.mlp.dense_1, "down": layer.mlp.dense_2}
+
+
+def attention_layers(layer):
+    return {name: getattr(layer, f"{name}_dense") for name in ("query", "key", "value", "output")}
+
+
 def attention_weights(layer, dtype):
     """Of a `keras.layers.MultiHeadAttention`, whose kernels keep the heads on an axis."""
     weights = {}
-    for name in ("query", "key", "value", "output"):
-        dense = getattr(layer, f"{name}_dense")
+    for name, dense in attention_layers(layer).items():
         kernel, bias = ops.cast(dense.kernel, dtype), dense.bias
         width = kernel.shape[-1] if name == "output" else kernel.shape[0]
         shape = (-1, width) if name == "output" else (width, -1)
@@ -168,6 +190,21 @@ def norm_weights(layer):
 def dense_weights(layer, dtype):
     bias = ops.cast(layer.bias, dtype) if layer.use_bias else None
     return ops.cast(layer.kernel, dtype), bias
+
+
+def add_to_kernels(projections, changes):
+    """Adds matrices to the kernels of a block.
+
+    Args:
+        projections: Dict of Keras layers by role, as the function of `Parts` returns it.
+        changes: Dict of tensors `(in, out)` by role.
+    """
+    for role, change in changes.items():
+        kernel, change = projections[role].kernel, ops.convert_to_numpy(change)
+        matrix = np.array(ops.convert_to_numpy(kernel)).reshape(len(change), -1)
+        shares = role == "up" and projections[role] is projections.get("gate")
+        matrix[:, change.shape[1] if shares else 0 :][:, : change.shape[1]] += change
+        kernel.assign(matrix.reshape(kernel.shape))
 
 
 def check_backbone(backbone):

@@ -205,7 +205,7 @@ class ImageModel(keras.Model):
                     f"frozen teacher. Received: teacher_ema={value!r}."
                 )
             if hasattr(self, "teacher"):
-                student_alone = self.extras if self.has_foreign_teacher else None
+                student_alone = (self.extras or self.lora) if self.has_foreign_teacher else None
                 check_teacher_ema(value, self.student, self.teacher, student_alone)
             self.train_function = None  # traced with another rule
         super().__setattr__(name, value)
@@ -277,14 +277,15 @@ class ImageModel(keras.Model):
     def export_backbone(self):
         """What was learned, as a plain Keras Hub backbone of its own, trainable.
 
-        It is the teacher; if a frozen teacher was distilled, the student.
+        It is the teacher; if a frozen teacher was distilled, the student. Its kernels have the
+        adapters of a `lora` in them.
 
         Raises:
             ValueError: If its features need what the backbone's class has no place for.
         """
         backbone, extras = self.learned
         extras.check_export(backbone)
-        return copy_of(backbone)
+        return copy_of(backbone) if extras.lora is None else extras.lora.merged(backbone)
 
     @classmethod
     def arguments(cls):

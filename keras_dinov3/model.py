@@ -74,6 +74,8 @@ class DINOv3(ImageModel):
         koleo_distance: `"euclidean"` or `"cosine"`, see `losses.koleo_loss`.
         extras: `EncoderExtras` with what the backbone's class lacks: registers for a ViT, untied
             norms, varied rotary positions and more. `None`: nothing.
+        lora: `LoRA`: of the student's backbone, only low-rank adapters of the chosen projections
+            train, and the weights of `backbone` itself stay. `None`: all of it trains.
         teacher: Backbone to start the teacher from. `None`: a copy of `backbone`. With
             `teacher_ema=None` it is distilled: it stays as it is, `extras` are the student's
             alone, and the student sees the masked patches too, whose loss stays.
@@ -137,6 +139,7 @@ class DINOv3(ImageModel):
         koleo_crops=None,
         koleo_distance="euclidean",
         extras=None,
+        lora=None,
         teacher=None,
         teacher_heads=None,
         teacher_ema="default",
@@ -179,6 +182,7 @@ class DINOv3(ImageModel):
         self.koleo_crops = koleo_crops
         self.koleo_distance = koleo_distance
         self.extras = extras
+        self.lora = lora
         self.teacher_heads = teacher_heads
         self.teacher_ema = teacher_ema
         self.gram = gram
@@ -191,9 +195,10 @@ class DINOv3(ImageModel):
         self.has_foreign_teacher = teacher is not None and teacher_ema is None
         check_settings(self)
 
-        self.student_extras = extras_for(self.student, extras, "student")
-        extras = None if self.has_foreign_teacher else extras
-        self.teacher_extras = extras_for(self.teacher, extras, "teacher")
+        self.student_extras = extras_for(self.student, extras, "student", lora)
+        if self.has_foreign_teacher:
+            extras = lora = None
+        self.teacher_extras = extras_for(self.teacher, extras, "teacher", lora)
         self.student_dino_head, self.student_ibot_head = make_heads(self, "student")
         self.teacher_dino_head, self.teacher_ibot_head = make_heads(self, "teacher")
         for student, teacher in self.student_and_teacher:

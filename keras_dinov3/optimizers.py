@@ -425,14 +425,16 @@ def role_of(variable):
 def set_roles(backbone, extras, dino_head, ibot_head):
     """Gives the weights of a student their `Role`."""
     places = weight_places(backbone)
-    num_blocks = len(places["blocks"])
+    blocks = places["blocks"]
+    if extras.lora is not None:
+        blocks = [own + extras.lora.weights_of(i) for i, own in enumerate(blocks)]
     norms = [norm for norm in (extras.cls_norm, extras.local_cls_norm) if norm is not None]
     norm_weights = [weight for norm in norms for weight in norm.weights]
     tokens = [w for w in (extras.register_tokens, extras.mask_token) if w is not None]
     depths = [
-        (places["tokens"] + tokens, num_blocks + 1, "plain"),
-        (places["patch_embed"], num_blocks + 1, "patch_embed"),
-        *((weights, num_blocks - i, "plain") for i, weights in enumerate(places["blocks"])),
+        (places["tokens"] + tokens, len(blocks) + 1, "plain"),
+        (places["patch_embed"], len(blocks) + 1, "patch_embed"),
+        *((weights, len(blocks) - i, "plain") for i, weights in enumerate(blocks)),
         (places["norm"] + norm_weights, 0, "plain"),
     ]
     for weights, depth, kind in depths:

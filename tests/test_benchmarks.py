@@ -10,6 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import knn
+import lora
 import measure
 import scaling
 import step
@@ -122,3 +123,29 @@ def test_knn_beside_scikit_learn(tmp_path, monkeypatch):
     assert (small["bank"], small["queries"], peer["ratio"]) == (40, 2, 1.0)
     assert (whole["bank"], whole["queries"], whole["features"]) == (400, 200, 400 * 6 * 4)
     assert small["median"] > 0 and whole["median"] > 0 and whole["memory"] >= 0
+
+
+def test_lora_beside_full_training(tmp_path, monkeypatch):
+    path = tmp_path / "lora.json"
+    names = "full", "query, value"
+    arguments = flags(num_local_crops=1, json=path, rank=2, steps=2)
+    monkeypatch.setattr(sys, "argv", ["lora.py", *arguments, "--variants", *names])
+    lora.main()
+    full, adapted = json.loads(path.read_text())["rows"]
+    assert (full["variant"], adapted["variant"]) == names
+    width, adapters = 192, 2 * 2 * 2 * 192  # of two projections, two matrices of rank 2
+    assert adapted["share"] == pytest.approx(full["share"] * adapters / full_weights(width))
+    assert full["trainable"] - adapted["trainable"] == full_weights(width) - adapters
+    for row in (full, adapted):
+        assert row["gradients"] == 4 * row["trainable"]
+        assert 2 * row["gradients"] <= row["optimizer"] < 2 * row["gradients"] + 100
+        assert row["median"] > 0
+    assert adapted["difference"] < 1e-5 < 1e-2 < adapted["moved"]
+    assert "difference" not in full
+
+
+def full_weights(width):
+    """Numbers of a backbone of one block and four registers, of the Hub's defaults."""
+    tokens = (1 + 4 + 1) * width + 8 * 8 * 3 * width + width  # class, registers, mask; patches
+    block = 4 * width**2 + 4 * width + 8 * width**2 + 5 * width + 2 * width + 4 * width
+    return tokens + block + 2 * width
