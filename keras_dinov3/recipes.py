@@ -19,17 +19,20 @@ import math
 import keras
 import keras_hub
 
+from keras_dinov3.alignment import PatchAlignment
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import check_backbone, patch_size_of
 from keras_dinov3.gram import GramAnchor
 from keras_dinov3.image_model import spread
+from keras_dinov3.lora import LoRA
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.model import DINOv3
 from keras_dinov3.optimizers import AdamW
+from keras_dinov3.preservation import Preserve
 from keras_dinov3.presets import normalization_of, preset_of, read_preset
-from keras_dinov3.schedules import WarmupCosine, check_range
+from keras_dinov3.schedules import WarmupCosine, check_count, check_range
 from keras_dinov3.suggestions import check_plan, suggestions
 
 MASKINGS = {"block": BlockMasking, "random": RandomMasking}
@@ -40,10 +43,18 @@ SECTIONS = {
     "masking": None,
     "model": DINOv3,
     "extras": EncoderExtras,
+    "lora": LoRA,
     "gram": GramAnchor,
+    "alignment": PatchAlignment,
+    "preserve": Preserve,
     "teacher": TeacherEMA,
     "optimizer": AdamW,
 }
+
+
+# Sections that are each one argument of `DINOv3`.
+OBJECTS = {name: name for name in ("extras", "lora", "gram", "alignment", "preserve")}
+OBJECTS["teacher"] = "teacher_ema"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +73,8 @@ class Recipe:
             see `continue_from`. `"masking"`:
             `"kind"`, `"block"` or `"random"`, and the layer's arguments. Arguments of the same
             name: `"augmentation"` of `MultiCrop`, `"model"` of `DINOv3`, `"extras"` of
-            `EncoderExtras`, `"gram"` of `GramAnchor`, `"teacher"` of `callbacks.TeacherEMA`,
+            `EncoderExtras`, `"lora"` of `LoRA`, `"gram"` of `GramAnchor`, `"alignment"` of
+            `PatchAlignment`, `"preserve"` of `Preserve`, `"teacher"` of `callbacks.TeacherEMA`,
             `"optimizer"` of `AdamW`.
         plan: Dict with `num_images`, `batch_size`, `epochs` and `image_size`, or `None` before
             `suggest`.
@@ -156,12 +168,9 @@ class Recipe:
         if "masking" in parts:
             layer = MASKINGS[parts["masking"].pop("kind", "block")]
             arguments["masking"] = layer(**parts["masking"], seed=spread(seed, 1))
-        if "extras" in parts:
-            arguments["extras"] = EncoderExtras(**parts["extras"])
-        if "gram" in parts:
-            arguments["gram"] = GramAnchor(**parts["gram"])
-        if "teacher" in parts:
-            arguments["teacher_ema"] = TeacherEMA(**parts["teacher"])
+        for section, argument in OBJECTS.items():
+            if section in parts:
+                arguments[argument] = SECTIONS[section](**parts[section])
         return arguments
 
     def build_backbone(self):
@@ -282,13 +291,14 @@ def get(name):
         raise ValueError(f"{name} holds no recipe: {error}") from error
 
 
-def continue_from(preset, gram_weight=1.0):
+def continue_from(preset, gram_weight=1.0, preservation_weight=1.0, lora_rank=None):
     """The recipe for going on from released weights without ruining them.
 
     Released backbones come without heads. New heads learn on the frozen backbone first
     (`freeze_backbone_steps`); then it follows with a small rate, smaller the further down
-    (`layerwise_decay`), and a slow teacher. Its patch similarities are held to those at the start
-    by a `GramAnchor`. What is left to chance, `callbacks.Guard` watches.
+    (`layerwise_decay`), and a slow teacher. Patch similarities are held to those at the start by a
+    `GramAnchor`, class tokens by `Preserve`; with a `LoRA` only low-rank adapters train. What is
+    left to chance, `callbacks.Guard` watches.
 
     ```python
     recipe = kd.recipes.continue_from("runs/mine").suggest(
@@ -302,15 +312,22 @@ def continue_from(preset, gram_weight=1.0):
         preset: Name or folder of a Keras Hub preset, or folder of a run of `keras-dinov3 pretrain`,
             whose normalisation of images is taken too.
         gram_weight: Number. Weight of the Gram loss; with 0 there is none.
+        preservation_weight: Number. Weight of the loss that keeps class tokens; with 0 there is
+            none.
+        lora_rank: Int. Rank of adapters of all attention projections. `None`: the backbone itself
+            trains.
 
     Returns:
         `Recipe` with the backbone's place and patch size.
 
     Raises:
         TypeError: If the backbone is of no supported family.
-        ValueError: If there is no such preset, or the weight is negative.
+        ValueError: If there is no such preset, or a weight or the rank are out of range.
     """
-    check_range("gram_weight", gram_weight, low=0, below=math.inf, scheduled=False)
+    for key, weight in (("gram", gram_weight), ("preservation", preservation_weight)):
+        check_range(f"{key}_weight", weight, low=0, below=math.inf, scheduled=False)
+    if lora_rank is not None:
+        check_count("lora_rank", lora_rank, at_least=1)
     normalization = {key: x for key, x in normalization_of(preset).items() if x is not None}
     preset = preset_of(preset)
     backbone = keras_hub.models.Backbone.from_preset(preset, load_weights=False)
@@ -325,4 +342,9 @@ def continue_from(preset, gram_weight=1.0):
     }
     if gram_weight:
         sections["gram"] = {"source": "teacher", "weight": gram_weight}
+    if preservation_weight:
+        sections["preserve"] = {"weight": preservation_weight}
+    if lora_rank is not None:
+        projections = ["query", "key", "value", "output"]
+        sections["lora"] = {"rank": lora_rank, "projections": projections}
     return get("continue").changed(**sections, augmentation=normalization)

@@ -267,7 +267,8 @@ def test_continuing_warms_up_the_heads_and_then_moves_all(released):
     recipe = recipe.changed(model={"head_hidden_dim": 24, "num_prototypes": 16})
     model = recipe.build(seed=1)
     assert model.augmentation.mean == [0.1, 0.2, 0.3] and model.augmentation.std == [0.4, 0.5, 0.6]
-    assert model.gram.source == "teacher" and model.gram.weight == 1.0
+    assert model.gram.source == "teacher" and model.gram.weight == model.preserve.weight == 1.0
+    assert model.lora is None
     start = [numpy(weight) for weight in backbone.weights]
 
     def moved():
@@ -287,8 +288,12 @@ def test_continuing_warms_up_the_heads_and_then_moves_all(released):
 
 
 def test_continuing_without_an_anchor(released):
-    recipe = recipes.continue_from(released[0], gram_weight=0)
-    assert "gram" not in recipe.settings
+    recipe = recipes.continue_from(released[0], gram_weight=0, preservation_weight=0, lora_rank=2)
+    assert not {"gram", "preserve"} & set(recipe.settings)
+    model = recipe.suggest(40, 4, 2, 32).build(seed=1)
+    assert model.gram is model.preserve is None and model.lora.rank == 2
+    with pytest.raises(ValueError, match="`lora_rank`"):
+        recipes.continue_from(released[0], lora_rank=0)
     with pytest.raises(ValueError, match="`gram_weight` must be at least 0"):
         recipes.continue_from(released[0], gram_weight=-1)
     with pytest.raises(ValueError, match=r"no `preset`.*recipes\.continue_from\(preset\)"):
