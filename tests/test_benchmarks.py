@@ -1,6 +1,7 @@
 """The scripts of `benchmarks/` run, and what they count is right."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -130,6 +131,7 @@ def test_lora_beside_full_training(tmp_path, monkeypatch):
     names = "full", "query, value"
     arguments = flags(num_local_crops=1, json=path, rank=2, steps=2)
     monkeypatch.setattr(sys, "argv", ["lora.py", *arguments, "--variants", *names])
+    monkeypatch.setattr(lora, "in_new_process", lambda function, *arguments: function(*arguments))
     lora.main()
     full, adapted = json.loads(path.read_text())["rows"]
     assert (full["variant"], adapted["variant"]) == names
@@ -142,6 +144,10 @@ def test_lora_beside_full_training(tmp_path, monkeypatch):
         assert row["median"] > 0
     assert adapted["difference"] < 1e-5 < 1e-2 < adapted["moved"]
     assert "difference" not in full
+
+
+def test_a_process_of_its_own():
+    assert lora.in_new_process(os.getpid) != os.getpid()
 
 
 def full_weights(width):
