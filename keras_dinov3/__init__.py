@@ -7,6 +7,7 @@ from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.gram import GramAnchor
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.masking import BlockMasking, RandomMasking
+from keras_dinov3.mixed import MixedCrops
 from keras_dinov3.model import DINOv3
 from keras_dinov3.optimizers import AdamW, scaled_learning_rate
 from keras_dinov3.schedules import WarmupCosine
@@ -19,6 +20,7 @@ __all__ = [
     "DINOv3",
     "EncoderExtras",
     "GramAnchor",
+    "MixedCrops",
     "MultiCrop",
     "RandomMasking",
     "SoftmaxCentering",

@@ -85,16 +85,23 @@ def check_settings(model):
     check_teacher_ema(model.teacher_ema, student, model.teacher)
     check_gram(model)
     crops = crops_of(model.augmentation)
-    for kind, (count, size) in crops.items():
-        if count:
-            for backbone in (student, model.teacher) if kind == "global" else (student,):
-                grid_of(size, patch_size_of(backbone), f"{kind}_crop_size")
+    for global_size, local_size, _ in sizes_of(model.augmentation):
+        for backbone in (student, model.teacher):
+            grid_of(global_size, patch_size_of(backbone), "global_crop_size")
+        if crops["local"][0]:
+            grid_of(local_size, patch_size_of(student), "local_crop_size")
     if crops:
         check_pairs(crops["global"][0], crops["local"][0], model)
 
 
 def check_gram(model):
-    gram = model.gram
+    gram, sizes = model.gram, sizes_of(model.augmentation)
+    named = [size for _, _, size in sizes if size is not None]
+    if named and (gram is None or getattr(gram, "is_live", False)):
+        raise ValueError(
+            "Sizes of Gram crops are for a `GramAnchor` with a Gram teacher of its own. Received: "
+            f"{named} and gram={gram and gram.source!r}. Leave them out of `sizes`."
+        )
     if gram is None:
         return
     if not isinstance(gram, GramAnchor):
@@ -105,11 +112,11 @@ def check_gram(model):
             f"the same patch size. Received: {patch_size_of(model.student)} and "
             f"{patch_size_of(model.teacher)}."
         )
-    if gram.crop_scale is not None and model.augmentation is not None:
-        size = as_pair(model.augmentation.global_crop_size)
-        size = tuple(round(gram.crop_scale * side) for side in size)
+    if gram.crop_scale is not None:
         backbone = model.teacher if gram.source == "teacher" else gram.source
-        grid_of(size, patch_size_of(backbone), "gram_crops")
+        for global_size, _, size in sizes:
+            size = size or tuple(round(gram.crop_scale * side) for side in global_size)
+            grid_of(size, patch_size_of(backbone), "gram_crops")
 
 
 def check_chunks(chunk_size, head_sizes):
@@ -206,6 +213,11 @@ def crops_of(augmentation):
     }
 
 
+def sizes_of(augmentation):
+    """`crop_sizes` of the layer; none if it is unknown."""
+    return [] if augmentation is None else augmentation.crop_sizes
+
+
 def check_batch(batch, model):
     """Says why a batch of images or crops does not fit the model; returns its size."""
     inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
@@ -249,7 +261,9 @@ def check_batch(batch, model):
     num_global_crops, size = crops["global"]
     check_pairs(num_global_crops, crops.get("local", (0,))[0], model)
     if "masks" not in arrays:
-        check_masking(model, batch_size, num_global_crops, size)
+        sizes = [size] if "images" not in arrays else [x[0] for x in sizes_of(model.augmentation)]
+        for size in sizes:
+            check_masking(model, batch_size, num_global_crops, size)
     if "gram_crops" in arrays and arrays["gram_crops"].shape[1] != num_global_crops:
         raise ValueError(
             "`gram_crops` must hold one crop for each global crop. Received: shapes "

@@ -96,7 +96,7 @@ class GramAnchor(keras.layers.Layer):
             the next, for `source="teacher"`; see `callbacks.GramTeacher`.
         max_refreshes: Int, or `None`. How many there are after the first copy.
         resolution_scale: Number of at least 1. Sides of the Gram teacher's crops over those of the
-            student's global crops.
+            student's global crops, where a `MixedCrops` has no others.
         tokens: `"all"` patches, or only those that are `"masked"` or `"unmasked"` in the student's
             crops, which needs `per_image=False`.
         weight: Number or schedule. Weight of the loss.
