@@ -1,5 +1,6 @@
 """A run from a folder of images to a trained backbone, with all that it leaves in a folder."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -171,7 +172,7 @@ def resume(output, images=None, test=None, verbose="auto"):
             "Start it anew in another folder."
         )
     settings = json.loads((output / "settings.json").read_text())
-    recipe, seed = Recipe.from_config(settings["recipe"]), settings["seed"]
+    recipe, seed = recipe_of(settings["recipe"]), settings["seed"]
     model = keras.saving.load_model(checkpoint)
     epochs, total_steps = recipe.plan["epochs"], recipe.total_steps
     if int(model.step) >= total_steps and (output / "backbone").exists():
@@ -183,6 +184,12 @@ def resume(output, images=None, test=None, verbose="auto"):
             f"{len(sides[0].files)} images, where there were {recipe.plan['num_images']}."
         )
     return train(model, sides, output, epochs, seed, verbose, resumes=True)
+
+
+def recipe_of(config):
+    """The recipe of a run; what one of `adapt` has besides, its checkpoint knows."""
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    return Recipe.from_config({name: value for name, value in config.items() if name in names})
 
 
 def train(model, sides, output, epochs, seed, verbose, resumes=False):
@@ -263,7 +270,8 @@ def all_of(batches):
 def normalization(data, recipe):
     """Mean and deviation of the images, one per channel from 0 to 1; a preset's are its own."""
     if "preset" in recipe.settings["backbone"]:
-        return None, None
+        kept = recipe.settings.get("augmentation", {})
+        return kept.get("mean"), kept.get("std")
     pixels = all_of(some_of(data, NUM_MEASURED, seed=0)).reshape(-1, 3) / 255
     return [
         [round(float(x), 4) for x in values]

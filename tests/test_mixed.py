@@ -24,20 +24,20 @@ def mixed_crops(sizes=SIZES, **config):
     return kd.MixedCrops(sizes, **config)
 
 
-def mixed_model(sizes=SIZES, probabilities=None, **config):
-    augmentation = mixed_crops([size[:2] for size in sizes], probabilities=probabilities)
-    return tiny.model(augmentation=augmentation, **config)
+def mixed_model(**config):
+    """Of two sizes, each of which takes its time to compile."""
+    return tiny.model(augmentation=mixed_crops([size[:2] for size in SIZES[:2]]), **config)
 
 
-def watched(model):
+def watched(model, name="train_step"):
     """The list in which each run of a step in Python puts the size of its global crops."""
-    seen, step = [], model.train_step
+    seen, step = [], getattr(model, name)
 
-    def train_step(*args):
+    def counted(*args):
         seen.append(model.augmentation.global_crop_size)
         return step(*args)
 
-    model.train_step = train_step
+    setattr(model, name, counted)
     return seen
 
 
@@ -80,12 +80,13 @@ def test_crops_of_a_size_are_those_of_a_multi_crop():
 
 def test_draws_repeat_and_follow_the_probabilities():
     layer = mixed_crops(probabilities=[3, 1, 4])
-    draws = [layer.draw(7, batch) for batch in range(4000)]
-    assert draws == [layer.draw(7, batch) for batch in range(4000)]
-    np.testing.assert_allclose(np.bincount(draws) / 4000, [3 / 8, 1 / 8, 4 / 8], atol=0.03)
-    assert draws != [layer.draw(8, batch) for batch in range(4000)]
-    draws = [mixed_crops().draw(7, batch) for batch in range(4000)]
-    np.testing.assert_allclose(np.bincount(draws) / 4000, 1 / 3, atol=0.03)
+    draws = [layer.draw(7, batch) for batch in range(2000)]
+    assert draws[:50] == [layer.draw(7, batch) for batch in range(50)]
+    np.testing.assert_allclose(np.bincount(draws) / 2000, [3 / 8, 1 / 8, 4 / 8], atol=0.04)
+    assert draws[:50] != [layer.draw(8, batch) for batch in range(50)]
+    layer = mixed_crops()
+    draws = [layer.draw(7, batch) for batch in range(2000)]
+    np.testing.assert_allclose(np.bincount(draws) / 2000, 1 / 3, atol=0.04)
 
 
 def test_the_config_has_every_argument():
@@ -142,54 +143,45 @@ def test_masks_slots_and_positions_follow():
         num_masked = model.masking.num_masked(tiny.B, tiny.G, grid)
         assert numpy(masks).sum() == num_masked == slots.index.shape[0]
         assert gram_crops.shape[2:4] == [(64, 48), (40, 80), (48, 48)][index]
-        image_shape = (*crops.shape[2:4], 3)
-        backbone = tiny.backbone(image_shape=image_shape)  # Keras Hub's rotary positions
-        backbone.set_weights(model.teacher.get_weights())
-        expected = backbone({"pixel_values": merge(crops)})
-        found = kd.encode(model.teacher, merge(crops))
-        close(found.cls, numpy(expected)[:, 0], 1e-4, 1e-5)
-        close(found.patches, numpy(expected)[:, -grid[0] * grid[1] :], 1e-4, 1e-5)
+        if index == 1:
+            backbone = tiny.backbone(image_shape=(16, 40, 3))  # Keras Hub's rotary positions
+            backbone.set_weights(model.teacher.get_weights())
+            expected = backbone({"pixel_values": merge(crops)})
+            found = kd.encode(model.teacher, merge(crops))
+            close(found.cls, numpy(expected)[:, 0], 1e-4, 1e-5)
+            close(found.patches, numpy(expected)[:, -10:], 1e-4, 1e-5)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model after 12 batches in `fit` with validation, and 4 alone; what was seen when."""
+    """A model after 12 batches in `fit` and 3 alone; what was seen when in training and testing."""
     model = mixed_model()
-    seen, data = watched(model), tiny.images(4 * tiny.B)
+    seen, tested, data = watched(model), watched(model, "test_step"), tiny.images(4 * tiny.B)
     model.fit(data, batch_size=tiny.B, epochs=2, validation_data=data[: tiny.B], verbose=0)
     counts = [len(seen)]
     model.fit(data, batch_size=tiny.B, epochs=3, initial_epoch=2, verbose=0)
     counts.append(len(seen))
-    losses = [model.train_on_batch(data[: tiny.B], return_dict=True)["loss"] for _ in range(4)]
-    return model, seen, counts, losses
+    losses = [model.train_on_batch(data[: tiny.B], return_dict=True)["loss"] for _ in range(3)]
+    return model, seen, tested, counts, losses
 
 
 def test_each_size_is_traced_once(trained):
-    model, seen, counts, losses = trained
-    assert int(model.step) == 16 and np.isfinite(losses).all()
-    order = drawn(model, range(16))
-    expected = [SIZES[index][0] for index in order]
-    assert set(order[:8]) == {0, 1, 2}, "a seed is needed with which each size is drawn"
-    if TRACES:  # when it is drawn first, and never again
-        assert seen == list(dict.fromkeys(expected)) and counts == [3, 3]
-    else:
+    model, seen, _, counts, losses = trained
+    assert int(model.step) == 15 and np.isfinite(losses).all()
+    expected = [SIZES[index][0] for index in drawn(model, range(15))]
+    assert len(set(expected[:8])) == 2, "a seed is needed with which each size is drawn"
+    if not TRACES:
         assert seen == expected and counts == [8, 12]
+        return
+    assert seen[:2] == list(dict.fromkeys(expected))  # when it is drawn first
+    assert counts == [2, 2]  # and never again
+    # JAX traces for `train_on_batch` anew, as Keras gives it other data.
+    assert seen[2:] in ([], list(dict.fromkeys(expected[12:])))
 
 
 def test_validation_and_all_else_have_the_first_size(trained):
-    model = trained[0]
-    assert model.augmentation.global_crop_size == tiny.GLOBAL
-    sizes = []
-
-    def crops(images, **kwargs):
-        sizes.append(model.augmentation.global_crop_size)
-        return kd.MixedCrops.call(model.augmentation, images, **kwargs)
-
-    model.augmentation.call = crops
-    model.test_function = None
-    model.evaluate(tiny.images(2 * tiny.B), batch_size=tiny.B, verbose=0)
-    del model.augmentation.call
-    assert set(sizes) == {tiny.GLOBAL}
+    model, _, tested, *_ = trained
+    assert set(tested) == {tiny.GLOBAL} == {model.augmentation.global_crop_size}
 
 
 def test_a_saved_model_draws_on(trained, tmp_path):
@@ -199,7 +191,7 @@ def test_a_saved_model_draws_on(trained, tmp_path):
     assert loaded.augmentation.crop_sizes == model.augmentation.crop_sizes
     for side in (model, loaded):
         side.make_train_function()
-    assert model.train_function.batch == loaded.train_function.batch == 16
+    assert model.train_function.batch == loaded.train_function.batch == 15
     assert drawn(loaded, range(50)) == drawn(model, range(50))
 
 
