@@ -25,8 +25,13 @@ def mixed_crops(sizes=SIZES, **config):
 
 
 def mixed_model(**config):
-    """Of two sizes, each of which takes its time to compile."""
-    return tiny.model(augmentation=mixed_crops([size[:2] for size in SIZES[:2]]), **config)
+    """Small, and of two sizes, since each takes its time to compile."""
+    return tiny.model(
+        backbone=tiny.backbone(num_layers=1),
+        augmentation=mixed_crops([size[:2] for size in SIZES[:2]]),
+        compile={"jit_compile": keras.config.backend() == "jax"},
+        **config,
+    )
 
 
 def watched(model, name="train_step"):
