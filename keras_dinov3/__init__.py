@@ -9,6 +9,7 @@ from keras_dinov3.gram import GramAnchor
 from keras_dinov3.heads import DINOHead
 from keras_dinov3.lora import LoRA
 from keras_dinov3.masking import BlockMasking, RandomMasking
+from keras_dinov3.mixed import MixedCrops
 from keras_dinov3.model import DINOv3
 from keras_dinov3.optimizers import AdamW, scaled_learning_rate
 from keras_dinov3.preservation import Preserve
@@ -23,6 +24,7 @@ __all__ = [
     "EncoderExtras",
     "GramAnchor",
     "LoRA",
+    "MixedCrops",
     "MultiCrop",
     "PatchAlignment",
     "Preserve",

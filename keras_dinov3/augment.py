@@ -203,6 +203,11 @@ class MultiCrop(keras.layers.Layer):
                     f"{2 * side - 1}. Without blur: `{view}_blur_probability=0`."
                 )
 
+    @property
+    def crop_sizes(self):
+        """List of triples: sizes of global, local and Gram crops, pairs of pixels or `None`."""
+        return [(as_pair(self.global_crop_size), as_pair(self.local_crop_size), None)]
+
     def __call__(self, images, gram_scale=None, boxes=False, **kwargs):
         check_value_range(images)
         if not backend.is_foreign_graph_tensor(images):

@@ -7,6 +7,7 @@ import keras
 from keras_dinov3.collapse import CollapseMonitor
 from keras_dinov3.gram import GramTeacher
 from keras_dinov3.guard import Guard
+from keras_dinov3.mixed import batches_seen
 from keras_dinov3.monitors import KNN, LiDAR, RankMe, ScheduleLogger
 from keras_dinov3.online_probe import LinearProbe
 from keras_dinov3.pictures import Pictures
@@ -116,8 +117,5 @@ class DataOrder(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        per_update = optimizer.gradient_accumulation_steps or 1
-        batches = int(self.model.step) * per_update + int(optimizer._iterations) % per_update
         # Keras goes on within a pass if `steps_per_epoch` is less; then the order stays.
-        self.data.position = batches // len(self.data) * len(self.data)
+        self.data.position = batches_seen(self.model) // len(self.data) * len(self.data)

@@ -91,15 +91,23 @@ def check_settings(model):
     check_teacher_ema(model.teacher_ema, student, model.teacher)
     check_terms(model)
     crops = crops_of(model.augmentation)
-    for kind, (count, size) in crops.items():
-        if count:
-            for backbone in (student, model.teacher) if kind == "global" else (student,):
-                grid_of(size, patch_size_of(backbone), f"{kind}_crop_size")
+    for global_size, local_size, _ in sizes_of(model.augmentation):
+        for backbone in (student, model.teacher):
+            grid_of(global_size, patch_size_of(backbone), "global_crop_size")
+        if crops["local"][0]:
+            grid_of(local_size, patch_size_of(student), "local_crop_size")
     if crops:
         check_pairs(crops["global"][0], crops["local"][0], model)
 
 
 def check_terms(model):
+    sizes, gram = sizes_of(model.augmentation), model.gram
+    named = [size for _, _, size in sizes if size is not None]
+    if named and (gram is None or getattr(gram, "is_live", False)):
+        raise ValueError(
+            "Sizes of Gram crops are for a `GramAnchor` with a Gram teacher of its own. Received: "
+            f"{named} and gram={gram and gram.source!r}. Leave them out of `sizes`."
+        )
     for name, kind in KINDS.items():
         term = getattr(model, name)
         if not isinstance(term, (kind, type(None))):
@@ -204,6 +212,11 @@ def crops_of(augmentation):
     }
 
 
+def sizes_of(augmentation):
+    """`crop_sizes` of the layer; none if it is unknown."""
+    return [] if augmentation is None else augmentation.crop_sizes
+
+
 def check_batch(batch, model):
     """Says why a batch of images or crops does not fit the model; returns its size."""
     inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
@@ -247,7 +260,9 @@ def check_batch(batch, model):
     num_global_crops, size = crops["global"]
     check_pairs(num_global_crops, crops.get("local", (0,))[0], model)
     if "masks" not in arrays:
-        check_masking(model, batch_size, num_global_crops, size)
+        sizes = [size] if "images" not in arrays else [x[0] for x in sizes_of(model.augmentation)]
+        for size in sizes:
+            check_masking(model, batch_size, num_global_crops, size)
     if not is_zero(model.koleo_weight) and batch_size <= model.koleo_top_k:
         raise ValueError(
             "KoLeo compares the images of a batch, so a batch needs at least "

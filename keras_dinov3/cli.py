@@ -8,9 +8,19 @@ import sys
 
 import keras_hub
 
-from keras_dinov3 import convert, data, evaluation, features, presets, pretrain, recipes, report
+from keras_dinov3 import (
+    adapt,
+    convert,
+    data,
+    evaluation,
+    features,
+    presets,
+    pretrain,
+    recipes,
+    report,
+)
+from keras_dinov3.commands import add_adapt, add_convert
 
-KINDS = ("meta", "huggingface", "keras")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 FILES = (*WEIGHT_FILES, ".bin", ".h5", ".keras", ".npz", ".onnx")  # that no folder is named like
 
@@ -37,59 +47,9 @@ def main(argv=None):
 def parser():
     main_parser = argparse.ArgumentParser(prog="keras-dinov3", description=__doc__)
     commands = main_parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "convert",
-        help="bring a backbone from one format of weights to another",
-        description="Brings a DINOv3 backbone from one format of weights to another: meta "
-        "(a .pth or .safetensors file in the names of Meta's repository), huggingface (a folder "
-        "with config.json and model.safetensors) or keras (a Keras Hub preset folder).",
-    )
-    command.add_argument("source", help="file or folder to read")
-    command.add_argument("target", help="file or folder to write; it must not exist yet")
-    command.add_argument(
-        "--from",
-        dest="source_kind",
-        choices=KINDS,
-        help="format of the source; default: what the path looks like",
-    )
-    command.add_argument(
-        "--to",
-        dest="target_kind",
-        choices=KINDS,
-        help="format of the target; default: meta for a .pth or .safetensors file, else keras, or "
-        "huggingface if the source is keras",
-    )
-    command.add_argument(
-        "--num-heads", type=int, help="attention heads, which files of meta do not tell"
-    )
-    command.add_argument(
-        "--layer-norm-eps",
-        type=float,
-        help="epsilon of the norms, which files of meta do not tell: 1e-5 for layernormbf16, its "
-        "released models; 1e-6 for layernorm. Default: that of the source, 1e-5 for meta",
-    )
-    command.add_argument(
-        "--image-size",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="pixels that the backbone is built for, multiples of the patch size. Default: that of "
-        "the source, 14 x 14 patches for meta",
-    )
-    command.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="dtype of the written weights; training needs float32. Default: %(default)s",
-    )
-    command.add_argument(
-        "--part",
-        choices=convert.SIDES,
-        default="teacher",
-        help="side of a training checkpoint of meta; default: %(default)s",
-    )
-    command.set_defaults(run=run_convert)
+    add_convert(commands).set_defaults(run=run_convert)
     add_pretrain(commands)
+    add_adapt(commands).set_defaults(run=run_adapt)
     add_evaluate(commands)
     add_report(commands)
     return main_parser
@@ -213,44 +173,94 @@ def add_pretrain(commands):
 
 
 def run_pretrain(arguments):
-    line = " ".join(["keras-dinov3", *map(shlex.quote, arguments.line)])
     if arguments.resume:
-        if arguments.output is None:
-            raise ValueError("`--resume` needs `--output`, the folder of the run.")
-        fixed = ("recipe", "batch_size", "epochs", "image_size", "dtype", "seed", "dry_run")
-        given = [f"--{n.replace('_', '-')}" for n in fixed if getattr(arguments, n)]
-        if given:
-            raise ValueError(f"A resumed run keeps its settings. Received: {', '.join(given)}.")
-        found = pretrain.resume(arguments.output, arguments.images, arguments.test)
+        resume(arguments, ("recipe", "batch_size", "epochs", "image_size", "dtype"))
+        return
+    recipe = recipes.get(arguments.recipe or "tiny")
+    if arguments.dtype:
+        recipe = recipe.changed(backbone={"dtype": arguments.dtype})
+    recipe = pretrain.plan_run(
+        source_of(arguments),
+        recipe,
+        arguments.batch_size,
+        arguments.epochs,
+        size_of(arguments),
+        arguments.test is not None,
+    )
+    if arguments.json:
+        print(json.dumps(recipe.get_config(), indent=2))
     else:
-        if arguments.images is None:
-            raise ValueError("`--images` is needed: a folder or tar file of images.")
-        recipe = recipes.get(arguments.recipe or "tiny")
-        if arguments.dtype:
-            recipe = recipe.changed(backbone={"dtype": arguments.dtype})
-        size = arguments.image_size
-        recipe = pretrain.plan_run(
-            pretrain.Source(arguments.images),
-            recipe,
-            arguments.batch_size,
-            arguments.epochs,
-            size[0] if size and len(size) == 1 else size,
-            arguments.test is not None,
-        )
-        if arguments.json or arguments.dry_run:
-            print(json.dumps(recipe.get_config(), indent=2) if arguments.json else recipe)
-            return
-        if arguments.output is None:
-            raise ValueError("`--output` is needed: a folder for the run that does not exist yet.")
-        print(recipe, flush=True)
-        found = pretrain.pretrain(
-            arguments.images,
-            arguments.output,
-            recipe,
-            arguments.test,
-            arguments.seed or 0,
-            command=line,
-        )
+        train(arguments, recipe)
+
+
+def run_adapt(arguments):
+    if arguments.resume:
+        fixed = ("backbone", "sizes", "probabilities", "gram_weight", "learning_rate")
+        resume(arguments, (*fixed, "batch_size", "epochs", "image_size", "dtype"))
+        return
+    for name, what in (
+        ("backbone", "a run's folder or a preset"),
+        ("sizes", "GLOBAL:LOCAL or GLOBAL:LOCAL:GRAM in pixels, several with commas"),
+    ):
+        if getattr(arguments, name) is None:
+            raise ValueError(f"`--{name}` is needed: {what}.")
+    given = arguments.probabilities
+    weight = arguments.gram_weight
+    recipe = adapt.plan_adaptation(
+        source_of(arguments),
+        arguments.backbone,
+        adapt.parse_sizes(arguments.sizes),
+        None if given is None else adapt.parse_probabilities(given),
+        adapt.GRAM_WEIGHT if weight is None else weight,
+        arguments.learning_rate,
+        arguments.batch_size,
+        arguments.epochs,
+        size_of(arguments),
+        arguments.dtype,
+        arguments.test is not None,
+    )
+    train(arguments, recipe)
+
+
+def resume(arguments, fixed):
+    """Goes on with the run in `--output`, whose settings, `fixed`, must not be given."""
+    if arguments.output is None:
+        raise ValueError("`--resume` needs `--output`, the folder of the run.")
+    fixed = (*fixed, "seed", "dry_run")
+    given = [f"--{n.replace('_', '-')}" for n in fixed if getattr(arguments, n)]
+    if given:
+        raise ValueError(f"A resumed run keeps its settings. Received: {', '.join(given)}.")
+    found = pretrain.resume(arguments.output, arguments.images, arguments.test)
+    print_results(found, arguments.output)
+
+
+def source_of(arguments):
+    if arguments.images is None:
+        raise ValueError("`--images` is needed: a folder or tar file of images.")
+    return pretrain.Source(arguments.images)
+
+
+def size_of(arguments):
+    size = arguments.image_size
+    return size[0] if size and len(size) == 1 else size
+
+
+def train(arguments, recipe):
+    """Prints the recipe and, unless it is a dry run, trains by it."""
+    print(recipe, flush=True)
+    if arguments.dry_run:
+        return
+    if arguments.output is None:
+        raise ValueError("`--output` is needed: a folder for the run that does not exist yet.")
+    line = " ".join(["keras-dinov3", *map(shlex.quote, arguments.line)])
+    found = pretrain.pretrain(
+        arguments.images,
+        arguments.output,
+        recipe,
+        arguments.test,
+        arguments.seed or 0,
+        command=line,
+    )
     print_results(found, arguments.output)
 
 

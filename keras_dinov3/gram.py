@@ -7,7 +7,6 @@ import numpy as np
 from keras import ops
 
 from keras_dinov3 import backend
-from keras_dinov3.augment import as_pair
 from keras_dinov3.encoder import encode, grid_of, merge
 from keras_dinov3.families import check_backbone, patch_size_of
 from keras_dinov3.losses import check_negatives, gram_loss
@@ -98,7 +97,7 @@ class GramAnchor(Term):
             the next, for `source="teacher"`; see `callbacks.GramTeacher`.
         max_refreshes: Int, or `None`. How many there are after the first copy.
         resolution_scale: Number of at least 1. Sides of the Gram teacher's crops over those of the
-            student's global crops.
+            student's global crops, where a `MixedCrops` has no others.
         tokens: `"all"` patches, or only those that are `"masked"` or `"unmasked"` in the student's
             crops, which needs `per_image=False`.
         weight: Number or schedule. Weight of the loss.
@@ -168,9 +167,9 @@ class GramAnchor(Term):
         if self.source != "teacher":
             backbone = self.source
             check_frozen("gram", backbone, model)
-        if model.augmentation is not None:
-            size = as_pair(model.augmentation.global_crop_size)
-            size = tuple(round(self.resolution_scale * side) for side in size)
+        sizes = [] if model.augmentation is None else model.augmentation.crop_sizes
+        for size, _, own_size in sizes:
+            size = own_size or tuple(round(self.resolution_scale * side) for side in size)
             grid_of(size, patch_size_of(backbone), "gram_crops")
 
     def check_crops(self, crops):

@@ -10,8 +10,9 @@ from keras import ops
 from keras_dinov3 import backend
 from keras_dinov3.batches import full_batches, inputs_of, is_arrays
 from keras_dinov3.callbacks import DataOrder, GramTeacher, StopOnNonFinite, TeacherEMA
-from keras_dinov3.checks import check_batch, check_teacher_ema
+from keras_dinov3.checks import check_batch, check_teacher_ema, sizes_of
 from keras_dinov3.families import copy_of
+from keras_dinov3.mixed import MixedSteps, SizeOrder
 from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_count, is_zero
 from keras_dinov3.terms import terms_of
@@ -117,8 +118,7 @@ class ImageModel(keras.Model):
                 "`fit(images[:-n], validation_data=images[-n:])`. Received: validation_split="
                 f"{kwargs['validation_split']}."
             )
-        seed = int(self.order_seed) if self.seed is None else self.seed
-        x = self.prepare(x, batch_size, shuffle, seed)
+        x = self.prepare(x, batch_size, shuffle, self.data_seed)
         if validation_data is not None:
             if hasattr(validation_data, "__next__"):
                 raise ValueError(
@@ -140,6 +140,8 @@ class ImageModel(keras.Model):
         in_order = getattr(x, "position", None) is not None
         if in_order:
             callbacks.append(DataOrder(x))
+        if len(sizes_of(self.augmentation)) > 1:
+            callbacks.append(SizeOrder())
         with backend.weights_kept(self):
             return super().fit(
                 x,
@@ -179,6 +181,15 @@ class ImageModel(keras.Model):
     def test_step(self, *args):
         with backend.compiled_pieces(self.compiles_pieces), backend.after(args):
             return super().test_step(*args)
+
+    def make_train_function(self, force=False):
+        """As in Keras; with crops of several sizes, a function for each in a `MixedSteps`."""
+        make = super().make_train_function
+        if len(sizes_of(self.augmentation)) < 2:
+            return make(force)
+        if force or self.train_function is None:
+            self.train_function = MixedSteps(self, make)
+        self.train_function.restart()
 
     def prepare(self, x, *args, training=True):
         x, first = full_batches(x, *args)
@@ -325,6 +336,11 @@ class ImageModel(keras.Model):
         super().load_own_variables({key: store[key] for key in store.keys() if key not in states})
         for key, state in states.items():
             state.assign(store[key])
+
+    @property
+    def data_seed(self):
+        """What the order of the images, and of sizes of crops, is drawn from, an int."""
+        return int(self.order_seed) if self.seed is None else self.seed
 
     @property
     def random_states(self):

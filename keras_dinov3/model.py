@@ -60,8 +60,8 @@ class DINOv3(ImageModel):
         centering: `"sinkhorn_knopp"`, or a `SoftmaxCentering` layer, whose settings both the
             class token and the patch targets take.
         sinkhorn_iterations: Int. Alternations of `sinkhorn_knopp`.
-        augmentation: `MultiCrop` layer; `"multi_crop"` is one with its defaults. `None`: the
-            data are ready crops.
+        augmentation: `MultiCrop` or `MixedCrops` layer; `"multi_crop"` is the first with its
+            defaults. `None`: the data are ready crops.
         masking: `BlockMasking` or `RandomMasking` layer; `"block"` is the first with its
             defaults. `None`: no patch is hidden, unless the data bring `masks`.
         max_masked_patches: Int. For data that bring `masks`: slots for the masked

@@ -5,7 +5,6 @@ import math
 import keras
 from keras import ops
 
-from keras_dinov3.augment import as_pair
 from keras_dinov3.encoder import encode, grid_of, merge
 from keras_dinov3.families import check_backbone, patch_size_of
 from keras_dinov3.losses import l2_normalize
@@ -65,8 +64,8 @@ class Preserve(Term):
                 "`Preserve` compares class tokens, so its backbone must have the student's width. "
                 f"Received: widths {self.source.hidden_dim} and {model.student.hidden_dim}."
             )
-        if model.augmentation is not None:
-            size = as_pair(model.augmentation.global_crop_size)
+        sizes = [] if model.augmentation is None else model.augmentation.crop_sizes
+        for size, *_ in sizes:
             grid_of(size, patch_size_of(self.source), "global_crops")
 
     def check_crops(self, crops):

@@ -1,5 +1,6 @@
 """A run from a folder of images to a trained backbone, with all that it leaves in a folder."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -170,7 +171,7 @@ def resume(output, images=None, test=None, verbose="auto"):
             "Start it anew in another folder."
         )
     settings = json.loads((output / "settings.json").read_text())
-    recipe, seed = Recipe.from_config(settings["recipe"]), settings["seed"]
+    recipe, seed = recipe_of(settings["recipe"]), settings["seed"]
     model = keras.saving.load_model(checkpoint)
     epochs, total_steps = recipe.plan["epochs"], recipe.total_steps
     if int(model.step) >= total_steps and (output / "backbone").exists():
@@ -182,6 +183,12 @@ def resume(output, images=None, test=None, verbose="auto"):
             f"{len(sides[0].files)} images, where there were {recipe.plan['num_images']}."
         )
     return train(model, sides, output, epochs, seed, verbose, resumes=True)
+
+
+def recipe_of(config):
+    """The recipe of a run; what one of `adapt` has besides, its checkpoint knows."""
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    return Recipe.from_config({name: value for name, value in config.items() if name in names})
 
 
 def train(model, sides, output, epochs, seed, verbose, resumes=False):

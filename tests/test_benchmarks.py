@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ import knn
 import lora
 import measure
 import scaling
+import sizes
 import step
 from measure import Setting
 
@@ -113,6 +115,19 @@ def test_scaling_fits_an_axis(tmp_path, monkeypatch):
     rows = json.loads(path.read_text())["rows"]
     assert [row["x"] for row in rows] == [1 + 4 + 16, 1 + 4 + 36]
     assert "exponent" in rows[-1]
+
+
+def test_sizes_are_traced_once_each(tmp_path, monkeypatch):
+    path = tmp_path / "sizes.json"
+    arguments = flags(num_local_crops=1, json=path, steps=2)
+    monkeypatch.setattr(sys, "argv", ["sizes.py", *arguments, "--sizes", "16:16", "32:16:32"])
+    sizes.main()
+    content = json.loads(path.read_text())
+    assert [row["size"] for row in content["rows"]] == ["16:16", "32:16:32"]
+    traces = 0 if keras.config.backend() == "torch" else 1
+    assert [row["traces"] for row in content["rows"]] == [traces, traces]
+    assert content["after"] == 0
+    assert all(row["first"] > 0 < row["median"] and row["memory"] > 0 for row in content["rows"])
 
 
 def test_knn_beside_scikit_learn(tmp_path, monkeypatch):
