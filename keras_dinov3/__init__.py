@@ -2,6 +2,7 @@
 
 from keras_dinov3 import callbacks, convert, data, evaluation, losses, recipes, visualize
 from keras_dinov3.augment import MultiCrop
+from keras_dinov3.distillation import MultiDistillation
 from keras_dinov3.encoder import Tokens, encode, encode_layers
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.gram import GramAnchor
@@ -20,6 +21,7 @@ __all__ = [
     "EncoderExtras",
     "GramAnchor",
     "MultiCrop",
+    "MultiDistillation",
     "RandomMasking",
     "SoftmaxCentering",
     "Tokens",

@@ -1,4 +1,6 @@
-"""Distillation from a frozen teacher: the reference's step, heads trained before, saving."""
+"""Distillation from a frozen teacher: the reference's step, trained heads, several students."""
+
+import importlib
 
 import keras
 import keras_hub
@@ -146,3 +148,187 @@ def test_wrong_heads():
     heads[0].build((None, 32))
     with pytest.raises(ValueError, match="a head for width 32, and a teacher of width 48"):
         tiny.model(**settings, teacher_heads=heads)
+
+
+# ---- several students ----
+
+
+def teaching():
+    """A frozen teacher and its heads, as arguments of `DINOv3`."""
+    keras.utils.set_random_seed(5)
+    heads = [kd.DINOHead(count, 28, 18) for count in (tiny.K, tiny.K_PATCH)]
+    return {"teacher": tiny.backbone(hidden_dim=48), "teacher_heads": heads, "teacher_ema": None}
+
+
+def student(name, shared, **config):
+    keras.utils.set_random_seed(6)
+    settings = {
+        "small": {"drop_path_rate": 0.3, "koleo_weight": 0.3},
+        "base": {"backbone": tiny.backbone(hidden_dim=40), "head_hidden_dim": 20},
+    }
+    config = {**shared, **settings[name], **config}
+    return tiny.model(kd.AdamW(1e-3, part_clipnorm=0.5), **config)
+
+
+def students(shared=None, **config):
+    shared = teaching() if shared is None else shared
+    return {name: student(name, shared, **config) for name in ("small", "base")}
+
+
+@pytest.fixture(scope="module")
+def together():
+    """Two students that were trained together, how that went, and their teacher."""
+    shared = teaching()
+    model = kd.MultiDistillation(students(shared))
+    model.compile(kd.AdamW(1e-3, part_clipnorm=0.5))
+    data = tiny.images(), np.arange(tiny.B) % 2
+    of_base = kd.callbacks.OfStudent("base", kd.callbacks.KNN(data, data, k=1, feature="cls"))
+    settings = {"batch_size": tiny.B, "epochs": 3, "verbose": 0}
+    history = model.fit(data[0], **settings, callbacks=[of_base]).history
+    return model, history, shared
+
+
+@pytest.mark.parametrize("name", ["small", "base"])
+def test_each_student_learns_what_it_would_alone(together, name):
+    model, history, shared = together
+    alone = student(name, shared)
+    settings = {"batch_size": tiny.B, "epochs": 3, "verbose": 0}
+    expected = alone.fit(tiny.images(), **settings).history  # one step in each epoch
+    assert len(expected) == 5
+    for term, values in expected.items():
+        np.testing.assert_allclose(history[f"{name}_{term}"], values, rtol=2e-5, err_msg=term)
+    weights = model.students[name].weights
+    assert len(weights) == len(alone.weights)
+    for ours, theirs in zip(weights, alone.weights, strict=True):
+        if ours.name not in ("order_seed", "seed_generator_state"):
+            np.testing.assert_allclose(numpy(ours), numpy(theirs), 1e-4, 2e-5, err_msg=ours.path)
+    images = ops.convert_to_tensor(tiny.crops()["global_crops"][:, 0])
+    exported = [x.export_backbone(*args) for x, args in ((model, [name]), (alone, []))]
+    assert exported[0].hidden_dim == alone.student.hidden_dim
+    close = [numpy(kd.encode(backbone, images).cls) for backbone in exported]
+    np.testing.assert_allclose(*close, rtol=1e-3, atol=1e-4)
+
+
+def test_the_logs_of_several_students(together):
+    model, history, _ = together
+    total = np.add(history["small_loss"], history["base_loss"])
+    np.testing.assert_allclose(history["loss"], total, rtol=1e-6)
+    assert len(history["base_knn"]) == 3 and "small_knn" not in history
+    assert int(model.step) == 3 == int(model.students["base"].step)
+    with pytest.raises(ValueError, match="must be one of .'small', 'base'.*'large'"):
+        model.export_backbone("large")
+
+
+def test_several_students_go_on_after_loading(together, tmp_path):
+    model, _, _ = together
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    small, base = loaded.students.values()
+    assert small.teacher is base.teacher and small.teacher_dino_head is base.teacher_dino_head
+    assert len(loaded.variables) == len(model.variables)
+    batch = tiny.images(seed=9)
+    before = [numpy(w).copy() for w in model.weights]
+    expected = model.train_on_batch(batch, return_dict=True)
+    found = loaded.train_on_batch(batch, return_dict=True)
+    assert found.keys() == expected.keys()
+    for term, value in expected.items():
+        np.testing.assert_allclose(found[term], value, rtol=1e-6, err_msg=term)
+    for weight, value in zip(model.weights, before, strict=True):  # as the other tests want them
+        weight.assign(value)
+
+
+@pytest.mark.parametrize("shares_heads", [True, False])
+def test_the_teacher_runs_once(monkeypatch, shares_heads):
+    counts = {"teacher": 0, "heads": 0, "sinkhorn": 0}
+
+    def counted(kind, function):
+        def call(*args, **kwargs):
+            counts[kind] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    shared = teaching()
+    if not shares_heads:
+        del shared["teacher_heads"]
+    model = kd.MultiDistillation(students(shared))
+    heads = {
+        id(head): head
+        for part in model.students.values()
+        for head in (part.teacher_dino_head, part.teacher_ibot_head)
+    }
+    assert len(heads) == (2 if shares_heads else 4)
+    for head in heads.values():
+        monkeypatch.setattr(head, "call", counted("heads", head.call))
+    # The student's forward pass is another function, `encode_views`.
+    for place, kind in (("model.encode", "teacher"), ("targets.sinkhorn_knopp", "sinkhorn")):
+        module, attribute = place.split(".")
+        module = importlib.import_module(f"keras_dinov3.{module}")
+        monkeypatch.setattr(module, attribute, counted(kind, getattr(module, attribute)))
+    outputs = model(ops.convert_to_tensor(tiny.images()), training=True)
+    model.compute_loss(y_pred=outputs)
+    passes = 2 if shares_heads else 4  # of class tokens and of patches
+    assert counts == {"teacher": 1, "heads": passes, "sinkhorn": passes}
+
+
+def test_running_centers_are_each_students_own():
+    model = kd.MultiDistillation(students(centering=kd.SoftmaxCentering()))
+    model.compute_loss(y_pred=model(ops.convert_to_tensor(tiny.images()), training=True))
+    centers = [numpy(part.class_targets.center) for part in model.students.values()]
+    assert np.any(centers[0])
+    np.testing.assert_array_equal(*centers)
+
+
+def test_patch_sizes_may_differ_without_patch_losses():
+    config = {"ibot_weight": 0, "masking": None}
+    shared = {**teaching(), **config}
+    fine = tiny.model(backbone=tiny.backbone(patch_size=4), **shared)
+    model = kd.MultiDistillation({"small": student("small", shared), "fine": fine})
+    outputs = model(ops.convert_to_tensor(tiny.images()), training=True)
+    assert np.isfinite(numpy(model.compute_loss(y_pred=outputs)))
+
+
+def test_students_that_cannot_be_trained_together():
+    shared = teaching()
+    small = student("small", shared)
+    others = {
+        "the same teacher": student("base", teaching()),
+        "different augmentation": student(
+            "base", shared, augmentation=tiny.multi_crop(num_local_crops=1)
+        ),
+        "different masking": student("base", shared, masking=kd.RandomMasking(0.3)),
+        "different ibot_weight": student("base", shared, ibot_weight=0),
+        "the frozen `teacher`": tiny.model(),
+        "backbone and heads of its own": tiny.model(backbone=small.student, **shared),
+    }
+    for message, base in others.items():
+        with pytest.raises(ValueError, match=message):
+            kd.MultiDistillation({"small": small, "base": base})
+    for name in ("val", "a b", 3):
+        with pytest.raises(ValueError, match="must be a Python identifier"):
+            kd.MultiDistillation({"small": small, name: student("base", shared)})
+    with pytest.raises(ValueError, match="at least two"):
+        kd.MultiDistillation({"small": small})
+    with pytest.raises(TypeError, match="must be a `DINOv3`"):
+        kd.MultiDistillation({"small": small, "base": small.student})
+
+
+def test_what_several_students_do_not_take():
+    model = kd.MultiDistillation(students())
+    with pytest.raises(ValueError, match="part_clipnorm=3.0"):
+        model.compile(keras.optimizers.AdamW(1e-3, global_clipnorm=3.0))
+    model.compile()
+    data = tiny.images(), np.arange(tiny.B) % 2
+    fit = {"batch_size": tiny.B, "verbose": 0}
+    with pytest.raises(ValueError, match='OfStudent."small", callback'):
+        model.fit(data[0], **fit, callbacks=[kd.callbacks.KNN(data, data, k=1)])
+    with pytest.raises(ValueError, match="is frozen"):
+        model.fit(data[0], **fit, callbacks=[kd.callbacks.TeacherEMA()])
+    with pytest.raises(ValueError, match="with students .'small', 'base'"):
+        model.fit(
+            data[0], **fit, callbacks=[kd.callbacks.OfStudent("large", keras.callbacks.Callback())]
+        )
+    with pytest.raises(ValueError, match="`local_crops` must have the backbone's 3 channels"):
+        model.fit({**tiny.crops(), "local_crops": tiny.crops()["local_crops"][..., :1]}, **fit)
+    with pytest.raises(ValueError, match="each one's own"):
+        model.predict(data[0])
