@@ -1,7 +1,5 @@
 """Distillation from a frozen teacher: the reference's step, trained heads, several students."""
 
-import importlib
-
 import keras
 import keras_hub
 import meta
@@ -13,6 +11,8 @@ from golden_model import golden_model
 from keras import ops
 
 import keras_dinov3 as kd
+import keras_dinov3.model
+import keras_dinov3.targets
 from keras_dinov3.families import swiglu_width
 
 
@@ -175,25 +175,51 @@ def students(shared=None, **config):
     return {name: student(name, shared, **config) for name in ("small", "base")}
 
 
+def count_calls(patch, counts, owner, name, kind=None):
+    """Counts the calls of a function or method."""
+    function, kind = getattr(owner, name), kind or name
+    counts[kind] = 0
+
+    def call(*args, **kwargs):
+        counts[kind] += 1
+        return function(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
+
+
 @pytest.fixture(scope="module")
 def together():
-    """Two students that were trained together, how that went, and their teacher."""
-    shared = teaching()
+    """Two students that were trained together, how that went, their teacher, and what it did."""
+    shared, counts = teaching(), {}
     model = kd.MultiDistillation(students(shared))
-    model.compile(kd.AdamW(1e-3, part_clipnorm=0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        count_calls(patch, counts, model, "compute_loss", "step")
+        # The student's forward pass is another function, `encode_views`.
+        count_calls(patch, counts, keras_dinov3.model, "encode", "teacher")
+        count_calls(patch, counts, keras_dinov3.targets, "sinkhorn_knopp")
+        for head in shared["teacher_heads"]:
+            count_calls(patch, counts, head, "call", "heads")
+        history = train(model)
+    return model, history, shared, counts
+
+
+def train(model):
+    """Three epochs of one step."""
     data = tiny.images(), np.arange(tiny.B) % 2
-    of_base = kd.callbacks.OfStudent("base", kd.callbacks.KNN(data, data, k=1, feature="cls"))
+    callbacks = []
+    if isinstance(model, kd.MultiDistillation):
+        model.compile(kd.AdamW(1e-3, part_clipnorm=0.5))
+        knn = kd.callbacks.KNN(data, data, k=1, feature="cls")
+        callbacks = [kd.callbacks.OfStudent("base", knn)]
     settings = {"batch_size": tiny.B, "epochs": 3, "verbose": 0}
-    history = model.fit(data[0], **settings, callbacks=[of_base]).history
-    return model, history, shared
+    return model.fit(data[0], **settings, callbacks=callbacks).history
 
 
 @pytest.mark.parametrize("name", ["small", "base"])
 def test_each_student_learns_what_it_would_alone(together, name):
-    model, history, shared = together
+    model, history, shared, _ = together
     alone = student(name, shared)
-    settings = {"batch_size": tiny.B, "epochs": 3, "verbose": 0}
-    expected = alone.fit(tiny.images(), **settings).history  # one step in each epoch
+    expected = train(alone)
     assert len(expected) == 5
     for term, values in expected.items():
         np.testing.assert_allclose(history[f"{name}_{term}"], values, rtol=2e-5, err_msg=term)
@@ -210,7 +236,7 @@ def test_each_student_learns_what_it_would_alone(together, name):
 
 
 def test_the_logs_of_several_students(together):
-    model, history, _ = together
+    model, history, *_ = together
     total = np.add(history["small_loss"], history["base_loss"])
     np.testing.assert_allclose(history["loss"], total, rtol=1e-6)
     assert len(history["base_knn"]) == 3 and "small_knn" not in history
@@ -220,7 +246,7 @@ def test_the_logs_of_several_students(together):
 
 
 def test_several_students_go_on_after_loading(together, tmp_path):
-    model, _, _ = together
+    model, *_ = together
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     small, base = loaded.students.values()
@@ -237,55 +263,42 @@ def test_several_students_go_on_after_loading(together, tmp_path):
         weight.assign(value)
 
 
-@pytest.mark.parametrize("shares_heads", [True, False])
-def test_the_teacher_runs_once(monkeypatch, shares_heads):
-    counts = {"teacher": 0, "heads": 0, "sinkhorn": 0}
+def test_the_teacher_runs_once(together):
+    *_, counts = together
+    steps = counts.pop("step")  # as often as they were traced
+    assert steps > 0
+    # Class tokens and patches each go through one head.
+    assert counts == {"teacher": steps, "heads": 2 * steps, "sinkhorn_knopp": 2 * steps}
 
-    def counted(kind, function):
-        def call(*args, **kwargs):
-            counts[kind] += 1
-            return function(*args, **kwargs)
 
-        return call
-
+def test_what_differs_is_not_shared():
     shared = teaching()
-    if not shares_heads:
-        del shared["teacher_heads"]
-    model = kd.MultiDistillation(students(shared))
-    heads = {
-        id(head): head
-        for part in model.students.values()
-        for head in (part.teacher_dino_head, part.teacher_ibot_head)
-    }
-    assert len(heads) == (2 if shares_heads else 4)
-    for head in heads.values():
-        monkeypatch.setattr(head, "call", counted("heads", head.call))
-    # The student's forward pass is another function, `encode_views`.
-    for place, kind in (("model.encode", "teacher"), ("targets.sinkhorn_knopp", "sinkhorn")):
-        module, attribute = place.split(".")
-        module = importlib.import_module(f"keras_dinov3.{module}")
-        monkeypatch.setattr(module, attribute, counted(kind, getattr(module, attribute)))
-    outputs = model(ops.convert_to_tensor(tiny.images()), training=True)
-    model.compute_loss(y_pred=outputs)
-    passes = 2 if shares_heads else 4  # of class tokens and of patches
-    assert counts == {"teacher": 1, "heads": passes, "sinkhorn": passes}
 
+    def shares(**config):
+        parts = {"small": student("small", shared), "base": student("base", shared, **config)}
+        model = kd.MultiDistillation(parts)
+        keys = model.logit_keys, model.target_keys
+        return tuple(side["small"] == side["base"] for side in keys)
 
-def test_running_centers_are_each_students_own():
-    model = kd.MultiDistillation(students(centering=kd.SoftmaxCentering()))
-    model.compute_loss(y_pred=model(ops.convert_to_tensor(tiny.images()), training=True))
-    centers = [numpy(part.class_targets.center) for part in model.students.values()]
-    assert np.any(centers[0])
-    np.testing.assert_array_equal(*centers)
+    ramp = kd.WarmupCosine(0.07, 9, warmup_steps=3, start=0.04, end=0.07)
+    assert shares(student_temperature=0.2) == (True, True)
+    assert shares(teacher_temperature=ramp) == (True, False)
+    assert shares(sinkhorn_iterations=2) == (True, False)
+    assert shares(centering=kd.SoftmaxCentering()) == (True, False)
+    assert shares(prototype_chunk_size=2) == (False, False)
+    assert shares(teacher_heads=None) == (False, False)
+    assert shares(teacher_heads=teaching()["teacher_heads"]) == (False, False)
+    centered = kd.MultiDistillation(students(shared, centering=kd.SoftmaxCentering()))
+    assert len(set(centered.target_keys.values())) == 2  # each moves its own center
 
 
 def test_patch_sizes_may_differ_without_patch_losses():
-    config = {"ibot_weight": 0, "masking": None}
-    shared = {**teaching(), **config}
+    shared = {**teaching(), "ibot_weight": 0, "masking": None}
     fine = tiny.model(backbone=tiny.backbone(patch_size=4), **shared)
     model = kd.MultiDistillation({"small": student("small", shared), "fine": fine})
-    outputs = model(ops.convert_to_tensor(tiny.images()), training=True)
-    assert np.isfinite(numpy(model.compute_loss(y_pred=outputs)))
+    crops = {name: keras.KerasTensor(x.shape, "float32") for name, x in tiny.crops().items()}
+    outputs = model(crops, training=True)
+    assert tuple(outputs["fine"]["student_global"].shape) == (tiny.B, tiny.G, tiny.K)
 
 
 def test_students_that_cannot_be_trained_together():
