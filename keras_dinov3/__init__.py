@@ -12,6 +12,7 @@ from keras_dinov3.model import DINOv3
 from keras_dinov3.optimizers import AdamW, scaled_learning_rate
 from keras_dinov3.schedules import WarmupCosine
 from keras_dinov3.targets import SoftmaxCentering, sinkhorn_knopp
+from keras_dinov3.teacher_cache import TeacherCache, cache_teacher
 
 __all__ = [
     "AdamW",
@@ -24,8 +25,10 @@ __all__ = [
     "MultiDistillation",
     "RandomMasking",
     "SoftmaxCentering",
+    "TeacherCache",
     "Tokens",
     "WarmupCosine",
+    "cache_teacher",
     "callbacks",
     "convert",
     "data",

@@ -11,6 +11,7 @@ from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import channels_of, check_backbone, patch_size_of
 from keras_dinov3.gram import GramAnchor
 from keras_dinov3.heads import check_teacher_heads
+from keras_dinov3.known_tokens import KNOWN, check_known_tokens
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.schedules import check_range, is_count, is_zero
 from keras_dinov3.targets import SoftmaxCentering
@@ -242,6 +243,7 @@ def check_batch(batch, model):
             )
         arrays = {"images": backend.numpy_of(inputs)}
         check_pixels("images", arrays["images"], channels_of(model.student), 4)
+    check_known_tokens(arrays, model)
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"All arrays of a batch must hold the same images. Received: {sizes}.")
@@ -290,12 +292,13 @@ def check_crops(crops, model):
     needed = {"global_crops"}
     if model.gram is not None and model.gram.crop_scale is not None:
         needed.add("gram_crops")
-    unknown = set(crops) - needed - {"local_crops", "masks"}
+    unknown = set(crops) - needed - {"local_crops", "masks", *KNOWN}
     if unknown or needed - set(crops):
         raise ValueError(
             'Ready crops are a dict with "global_crops" (B, G, S, S, C) and optionally '
             '"local_crops" (B, L, s, s, C) and "masks" (B, G, N); for a `GramAnchor` with a Gram '
-            'teacher of its own also "gram_crops" (B, G, T, T, C), the same boxes, larger. '
+            'teacher of its own also "gram_crops" (B, G, T, T, C), the same boxes, larger; and of '
+            'a cached teacher "teacher_cls" (B, G, D) and "teacher_patches" (B, G, N, D). '
             f"Received: keys {sorted(crops)}; needed: {sorted(needed)}."
         )
     channels, patch_size = channels_of(model.student), patch_size_of(model.student)
@@ -304,7 +307,7 @@ def check_crops(crops, model):
             "`global_crops` must hold at least one crop of each image. Received: shape "
             f"{crops['global_crops'].shape}."
         )
-    for name in crops.keys() - {"masks"}:
+    for name in crops.keys() - {"masks", *KNOWN}:
         check_pixels(name, crops[name], channels, 5, normalized=True)
         backbone = model.gram.backbone if name == "gram_crops" else model.student
         grid_of(crops[name].shape[2:4], patch_size_of(backbone), name)

@@ -18,13 +18,13 @@ from keras_dinov3.families import (
 )
 from keras_dinov3.heads import make_heads
 from keras_dinov3.image_model import ImageModel, spread
+from keras_dinov3.known_tokens import known_tokens
 from keras_dinov3.losses import koleo_loss
 from keras_dinov3.masking import BlockMasking, masked_slots
 from keras_dinov3.optimizers import set_roles
 from keras_dinov3.prototypes import dino_losses, ibot_losses, project, project_all
 from keras_dinov3.schedules import is_zero, value_at
 from keras_dinov3.targets import make_targets, targets_of
-from keras_dinov3.teacher_cache import known_tokens
 
 
 @keras.saving.register_keras_serializable(package="keras_dinov3")
@@ -93,7 +93,8 @@ class DINOv3(ImageModel):
         inputs: Images `(B, H, W, C)`, uint8 0-255 or float 0-1. Or a dict of ready,
             normalised crops: `"global_crops"` `(B, G, S, S, C)`, optionally `"local_crops"`
             `(B, L, s, s, C)` and `"masks"` `(B, G, N)`, bool, true where hidden; with a `gram`
-            also `"gram_crops"` `(B, G, T, T, C)`.
+            also `"gram_crops"` `(B, G, T, T, C)`; and what `cache_teacher` kept of a frozen
+            teacher, which then does not run.
 
     Logs:
         `loss`, `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`, `gram_loss`: the
