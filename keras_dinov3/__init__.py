@@ -3,6 +3,7 @@
 from keras_dinov3 import callbacks, convert, data, evaluation, losses, recipes, visualize
 from keras_dinov3.alignment import PatchAlignment
 from keras_dinov3.augment import MultiCrop
+from keras_dinov3.distillation import MultiDistillation
 from keras_dinov3.encoder import Tokens, encode, encode_layers
 from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.gram import GramAnchor
@@ -15,6 +16,7 @@ from keras_dinov3.optimizers import AdamW, scaled_learning_rate
 from keras_dinov3.preservation import Preserve
 from keras_dinov3.schedules import WarmupCosine
 from keras_dinov3.targets import SoftmaxCentering, sinkhorn_knopp
+from keras_dinov3.teacher_cache import TeacherCache, cache_teacher
 
 __all__ = [
     "AdamW",
@@ -26,12 +28,15 @@ __all__ = [
     "LoRA",
     "MixedCrops",
     "MultiCrop",
+    "MultiDistillation",
     "PatchAlignment",
     "Preserve",
     "RandomMasking",
     "SoftmaxCentering",
+    "TeacherCache",
     "Tokens",
     "WarmupCosine",
+    "cache_teacher",
     "callbacks",
     "convert",
     "data",

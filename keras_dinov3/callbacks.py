@@ -21,6 +21,7 @@ __all__ = [
     "KNN",
     "LiDAR",
     "LinearProbe",
+    "OfStudent",
     "Pictures",
     "RankMe",
     "ScheduleLogger",
@@ -119,3 +120,89 @@ class DataOrder(keras.callbacks.Callback):
             self.model.jax_state_sync()
         # Keras goes on within a pass if `steps_per_epoch` is less; then the order stays.
         self.data.position = batches_seen(self.model) // len(self.data) * len(self.data)
+
+
+class OfStudent(keras.callbacks.Callback):
+    """Lets a callback watch one student of a `MultiDistillation`, as if it were trained alone.
+
+    The callback's model is then the student's `DINOv3`, with the optimizer of the whole. Its logs
+    are the student's, without the student's name; what it adds to them gets that name:
+    `OfStudent("small", KNN(...))` logs `small_knn`. So `ModelCheckpoint(path, monitor="loss")`
+    saves the student when its own loss is least, and `EarlyStopping` ends the whole run.
+
+    Args:
+        name: The student's name.
+        callback: Keras callback, of this package or not.
+
+    Raises:
+        ValueError: Before training, if the model has no student of this name.
+    """
+
+    def __init__(self, name, callback):
+        super().__init__()
+        self.name = name
+        self.callback = callback
+
+    def set_params(self, params):
+        super().set_params(params)
+        self.callback.set_params(params)
+
+    def set_model(self, model):
+        super().set_model(model)
+        students = getattr(model, "students", {})
+        if self.name not in students:
+            raise ValueError(
+                "`OfStudent` needs a student of a `MultiDistillation`. Received: "
+                f"name={self.name!r}, a {type(model).__name__} with students {list(students)}."
+            )
+        self.callback.set_model(StudentOf(model, students[self.name]))
+
+    def tell(self, hook, *args, logs=None):
+        """Calls a method of the callback with the student's logs, and takes over what it adds."""
+        names = {}  # in the student's logs: in those of all
+        for key in logs or {}:
+            for prefix in ("", "val_"):
+                if key.startswith(f"{prefix}{self.name}_"):
+                    names[prefix + key.removeprefix(f"{prefix}{self.name}_")] = key
+        own = {name: logs[key] for name, key in names.items()}
+        getattr(self.callback, hook)(*args, logs=own)
+        if logs is not None:
+            logs.update({names.get(key, f"{self.name}_{key}"): own[key] for key in own})
+
+    def on_train_begin(self, logs=None):
+        self.tell("on_train_begin", logs=logs)
+
+    def on_train_end(self, logs=None):
+        self.tell("on_train_end", logs=logs)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.tell("on_epoch_begin", epoch, logs=logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.tell("on_epoch_end", epoch, logs=logs)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.tell("on_train_batch_begin", batch, logs=logs)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.tell("on_train_batch_end", batch, logs=logs)
+
+
+class StudentOf:
+    """One student of a `MultiDistillation`, as callbacks see a model that is trained.
+
+    Args:
+        whole: `MultiDistillation`, which has what training needs.
+        student: `DINOv3`, which has the rest.
+    """
+
+    OF_THE_WHOLE = ("jax_state_sync", "optimizer", "stop_training", "test_shapes", "train_shapes")
+
+    def __init__(self, whole, student):
+        vars(self).update(whole=whole, student_model=student)
+
+    def __getattr__(self, name):
+        return getattr(self.whole if name in self.OF_THE_WHOLE else self.student_model, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.whole if name in self.OF_THE_WHOLE else self.student_model, name, value)

@@ -12,6 +12,7 @@ from keras_dinov3.extras import EncoderExtras
 from keras_dinov3.families import channels_of, check_backbone, patch_size_of
 from keras_dinov3.gram import GramAnchor
 from keras_dinov3.heads import check_teacher_heads
+from keras_dinov3.known_tokens import KNOWN, check_known_tokens
 from keras_dinov3.lora import check_lora
 from keras_dinov3.masking import BlockMasking, RandomMasking
 from keras_dinov3.preservation import Preserve
@@ -253,6 +254,7 @@ def check_batch(batch, model):
             )
         arrays = {"images": backend.numpy_of(inputs)}
         check_pixels("images", arrays["images"], channels_of(model.student), 4)
+    check_known_tokens(arrays, model)
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"All arrays of a batch must hold the same images. Received: {sizes}.")
@@ -296,13 +298,14 @@ def check_masking(model, batch_size, num_crops, size):
 def check_crops(crops, model):
     terms = terms_of(model).values()
     needed = {"global_crops", *(name for term in terms for name in term.crop_names)}
-    unknown = set(crops) - needed - {"local_crops", "masks"}
+    unknown = set(crops) - needed - {"local_crops", "masks", *KNOWN}
     if unknown or needed - set(crops):
         raise ValueError(
             'Ready crops are a dict with "global_crops" (B, G, S, S, C) and optionally '
             '"local_crops" (B, L, s, s, C) and "masks" (B, G, N); for a `GramAnchor` with a Gram '
             'teacher of its own also "gram_crops" (B, G, T, T, C), the same boxes, larger; for a '
-            '`PatchAlignment` of different crops "global_boxes" (B, G, 4), "global_flips" (B, G). '
+            '`PatchAlignment` of different crops "global_boxes" (B, G, 4), "global_flips" (B, G); '
+            'of a cached teacher "teacher_cls" (B, G, D) and "teacher_patches" (B, G, N, D). '
             f"Received: keys {sorted(crops)}; needed: {sorted(needed)}."
         )
     channels, patch_size = channels_of(model.student), patch_size_of(model.student)

@@ -294,6 +294,11 @@ def merge(crops):
     return ops.reshape(crops, (crops.shape[0] * crops.shape[1], *crops.shape[2:]))
 
 
+def by_image(tokens, crops):
+    """`(B * crops, D)`, of other crops of the same images than `(B, ...)`, as `(B, crops, D)`."""
+    return ops.reshape(tokens, (crops.shape[0], -1, tokens.shape[-1]))
+
+
 def split_tokens(x, parts, num_prefix, extras, is_local):
     """The final norm, or several where norms are untied, and the tokens by kind."""
 

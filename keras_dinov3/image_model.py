@@ -196,9 +196,18 @@ class ImageModel(keras.Model):
         self.declare(first, training)
         return x
 
+    def check(self, batch):
+        """Raises if a batch does not fit the model."""
+        check_batch(batch, self)
+
+    def declared(self, inputs, training):
+        """Inputs with the shapes of the batch that was declared."""
+        shapes = self.train_shapes if training else self.test_shapes
+        return backend.declare_shapes(inputs, shapes)
+
     def declare(self, batch, training=True):
         """Checks a batch; a step that was traced for other shapes is forgotten."""
-        check_batch(batch, self)
+        self.check(batch)
         mode = "train" if training else "test"
         shapes = [tuple(x.shape) for x in keras.tree.flatten(inputs_of(batch))]
         if shapes != getattr(self, f"{mode}_shapes"):
@@ -231,6 +240,15 @@ class ImageModel(keras.Model):
         if rule is not self.gram.refresh:
             self.gram.refresh = rule
             self.train_function = self.test_function = None  # traced with another rule
+
+    @property
+    def schedules(self):
+        """What follows schedules of the step, by its name in the logs: numbers or schedules."""
+        names = ("teacher_temperature", "student_temperature")
+        schedules = {name: getattr(self, name) for name in names}
+        if self.teacher_ema is not None:
+            schedules["teacher_momentum"] = self.teacher_ema.momentum
+        return schedules
 
     def make_logs(self, **weights):
         """Makes a running mean for each loss term whose weight is not the number 0."""
@@ -315,11 +333,11 @@ class ImageModel(keras.Model):
         return config
 
     @classmethod
-    def from_config(cls, config):
-        objects = {
-            name: keras.saving.deserialize_keras_object(config[name])
-            for name in ("backbone", *cls.arguments())
-        }
+    def from_config(cls, config, **objects):
+        """The model; `objects` are arguments that exist already."""
+        for name in ("backbone", *cls.arguments()):
+            if name not in objects:
+                objects[name] = keras.saving.deserialize_keras_object(config[name])
         settings = {key: value for key, value in config.items() if key != "frozen"}
         model = cls(**{**settings, **objects})
         for index in config["frozen"]:  # Keras itself keeps only whether the whole backbone is

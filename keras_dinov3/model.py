@@ -7,7 +7,7 @@ from keras_dinov3 import backend
 from keras_dinov3.augment import MultiCrop
 from keras_dinov3.callbacks import TeacherEMA
 from keras_dinov3.checks import check_mask_shape, check_settings, crops_of
-from keras_dinov3.encoder import View, encode, encode_views, grid_of, merge
+from keras_dinov3.encoder import View, by_image, encode, encode_views, grid_of, merge
 from keras_dinov3.extras import extras_for
 from keras_dinov3.families import (
     check_backbone,
@@ -18,12 +18,13 @@ from keras_dinov3.families import (
 )
 from keras_dinov3.heads import make_heads
 from keras_dinov3.image_model import ImageModel, spread
+from keras_dinov3.known_tokens import known_tokens
 from keras_dinov3.losses import koleo_loss
 from keras_dinov3.masking import BlockMasking, masked_slots
 from keras_dinov3.optimizers import set_roles
 from keras_dinov3.prototypes import dino_losses, ibot_losses, project, project_all
 from keras_dinov3.schedules import is_zero, value_at
-from keras_dinov3.targets import make_targets
+from keras_dinov3.targets import make_targets, targets_of
 from keras_dinov3.terms import merged, terms_of
 
 
@@ -96,7 +97,8 @@ class DINOv3(ImageModel):
         inputs: Images `(B, H, W, C)`, uint8 0-255 or float 0-1. Or a dict of ready,
             normalised crops: `"global_crops"` `(B, G, S, S, C)`, optionally `"local_crops"`
             `(B, L, s, s, C)` and `"masks"` `(B, G, N)`, bool, true where hidden; with a `gram`
-            also `"gram_crops"` `(B, G, T, T, C)`, with an `alignment` where they lie, see there.
+            also `"gram_crops"` `(B, G, T, T, C)`, with an `alignment` where they lie, see there;
+            and what `cache_teacher` kept of a frozen teacher, which then does not run.
 
     Logs:
         `loss`, `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`, `gram_loss`,
@@ -229,30 +231,36 @@ class DINOv3(ImageModel):
             return backend.step_then(self, super().train_step, args, self.update_teacher)
 
     def call(self, inputs, training=False):
-        global_crops, local_crops, masks, slots, crops = self.make_views(inputs, training)
-        batch_size, chunk = global_crops.shape[0], self.prototype_chunk_size
+        views = self.make_views(inputs, training)
+        return self.compare(views, self.teach(views), training)
 
-        def by_image(tokens):
-            return ops.reshape(tokens.cls, (batch_size, -1, tokens.cls.shape[-1]))
+    def teach(self, views):
+        """The teacher's tokens of the global crops, unless they are known, and its logits."""
+        global_crops, _, _, slots, _, tokens = views
+        if tokens is None:
+            tokens = encode(self.teacher, merge(global_crops), extras=self.teacher_extras)
+        class_tokens, chunk = by_image(tokens.cls, global_crops), self.prototype_chunk_size
+        outputs = {"teacher_global": project(self.teacher_dino_head, class_tokens, chunk)}
+        if slots is not None:
+            patches = ops.take(merge(tokens.patches), slots.index, axis=0)  # (M, D)
+            outputs["teacher_patches"] = project(self.teacher_ibot_head, patches, chunk)
+        return {"teacher_tokens": tokens, **outputs}
 
-        teacher = encode(self.teacher, merge(global_crops), extras=self.teacher_extras)
+    def compare(self, views, taught, training=False):
+        """What the teacher said, which `teach` returns, and beside it what the student says."""
+        global_crops, local_crops, masks, slots, crops, _ = views
         hidden = None if self.has_foreign_teacher else masks
         student, *local = self.study(global_crops, local_crops, hidden, training)
-        class_tokens = [by_image(tokens) for tokens in (student, *local)]
-        logits = project_all(self.student_dino_head, class_tokens, chunk)
-        outputs = {
-            "student_cls": class_tokens[0],  # (B, G, D)
-            "teacher_global": project(self.teacher_dino_head, by_image(teacher), chunk),
-            **dict(zip(("student_global", "student_local"), logits, strict=False)),  # (B, G, K)
-        }
+        class_tokens = [by_image(tokens.cls, global_crops) for tokens in (student, *local)]
+        logits = project_all(self.student_dino_head, class_tokens, self.prototype_chunk_size)
+        outputs = {"student_cls": class_tokens[0], **taught}  # (B, G, D)
+        outputs |= zip(("student_global", "student_local"), logits, strict=False)  # (B, G, K)
         if slots is not None:
-            student_patches = ops.take(merge(student.patches), slots.index, axis=0)  # (M, D)
-            teacher_patches = ops.take(merge(teacher.patches), slots.index, axis=0)
-            outputs["student_patches"] = project(self.student_ibot_head, student_patches, chunk)
-            outputs["teacher_patches"] = project(self.teacher_ibot_head, teacher_patches, chunk)
-            outputs["slots"] = slots
+            patches = ops.take(merge(student.patches), slots.index, axis=0)
+            patches = project(self.student_ibot_head, patches, self.prototype_chunk_size)
+            outputs |= {"student_patches": patches, "slots": slots}
         for name, term in terms_of(self).items():
-            outputs[name] = term.see(crops, student, teacher, masks, self.step)
+            outputs[name] = term.see(crops, student, taught["teacher_tokens"], masks, self.step)
         return outputs
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -260,21 +268,19 @@ class DINOv3(ImageModel):
         self.watch(terms)
         return total
 
-    def loss_and_terms(self, outputs, training=False):
+    def loss_and_terms(self, outputs, training=False, targets=None):
         """The total loss, and the unweighted mean of each of its terms by name."""
+        targets = targets_of(self, outputs, training) if targets is None else targets
         student_temperature = value_at(self.student_temperature, self.step)
-        teacher_temperature = value_at(self.teacher_temperature, self.step)
         num_global = outputs["student_global"].shape[1]
         num_local = outputs["student_local"].shape[1] if "student_local" in outputs else 0
         others = num_global - 1 if self.ignore_diagonal else num_global
         pairs = {"global": num_global * others, "local": num_global * num_local}
         terms, weights = {}, {}
 
-        logits = outputs["teacher_global"]
-        targets = self.class_targets(logits, teacher_temperature, training=training)
         kinds = [kind for kind in pairs if pairs[kind] and not is_zero(self.dino_weight)]
         logits = {kind: outputs[f"student_{kind}"] for kind in kinds}
-        losses = dino_losses(targets, logits, student_temperature, self.ignore_diagonal)
+        losses = dino_losses(targets["dino"], logits, student_temperature, self.ignore_diagonal)
         for kind in kinds:
             name = f"dino_{kind}_loss"
             terms[name] = ops.mean(losses[kind])  # of (B,)
@@ -283,10 +289,8 @@ class DINOv3(ImageModel):
             if kind == "local":
                 weights[name] = weights[name] * value_at(self.local_weight, self.step)
         if "slots" in outputs:
-            slots, logits = outputs["slots"], outputs["teacher_patches"]
-            settings = {"weights": slots.valid, "training": training}
-            targets = self.patch_targets(logits, teacher_temperature, **settings)
-            losses = ibot_losses(targets, outputs["student_patches"], student_temperature)  # (M,)
+            slots, logits = outputs["slots"], outputs["student_patches"]
+            losses = ibot_losses(targets["ibot"], logits, student_temperature)  # (M,)
             batch_size = outputs["student_cls"].shape[0]
             losses = ops.segment_sum(losses * slots.weight, slots.image, batch_size)  # (B,)
             terms["ibot_loss"] = ops.mean(losses)
@@ -319,9 +323,8 @@ class DINOv3(ImageModel):
     # What the step is made of
 
     def make_views(self, inputs, training):
-        """Global and local crops, masks, slots of masked patches, and all that came."""
-        shapes = self.train_shapes if training else self.test_shapes
-        crops = inputs = backend.declare_shapes(inputs, shapes)
+        """Global and local crops, masks, their slots, all that came, tokens of the teacher."""
+        crops = inputs = self.declared(inputs, training)
         if not isinstance(inputs, dict):
             options = merged(term.crop_options for term in terms_of(self).values())
             crops = self.augmentation(inputs, **options)
@@ -344,7 +347,7 @@ class DINOv3(ImageModel):
             slots = masked_slots(masks, num_masked, self.ibot_average, exact=True)
         if is_zero(self.ibot_weight):
             slots = None
-        return global_crops, local_crops, masks, slots, crops
+        return global_crops, local_crops, masks, slots, crops, known_tokens(crops)
 
     def study(self, global_crops, local_crops, masks, training):
         """The student's tokens of masked global crops and, if there are any, of local ones."""

@@ -378,11 +378,8 @@ def scheduled_values(model):
     values = {
         "learning_rate": rate,
         "weight_decay": value_at(optimizer.weight_decay or 0.0, last(clock)),
-        "teacher_temperature": value_at(model.teacher_temperature, step),
-        "student_temperature": value_at(model.student_temperature, step),
+        **{name: value_at(value, step) for name, value in model.schedules.items()},
     }
-    if model.teacher_ema is not None:
-        values["teacher_momentum"] = value_at(model.teacher_ema.momentum, step)
     return {name: float(ops.convert_to_numpy(value)) for name, value in values.items()}
 
 

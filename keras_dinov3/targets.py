@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_dinov3 import backend
 from keras_dinov3.prototypes import LOWEST, FactoredLogits, FactoredTargets, add_chunk
-from keras_dinov3.schedules import check_range, is_count
+from keras_dinov3.schedules import check_range, is_count, value_at
 
 SMALLEST_SUM = 1e-30  # reached only if all weights are 0
 
@@ -303,3 +303,25 @@ def make_targets(centering, num_prototypes, sinkhorn_iterations=3):
         return sinkhorn_knopp(logits, temperature, sinkhorn_iterations, weights)
 
     return sinkhorn_targets
+
+
+def targets_of(model, outputs, training=False):
+    """Target probabilities from the teacher's logits among the outputs of a `DINOv3`.
+
+    Args:
+        model: `DINOv3`, whose centering and present temperature apply.
+        outputs: Dict with `"teacher_global"` `(B, G, K)`, and `"teacher_patches"` `(M, K)` where
+            there are `"slots"`.
+        training: Whether a running center moves.
+
+    Returns:
+        Dict of float32 tensors of these shapes, or `FactoredTargets`: `"dino"` and `"ibot"`.
+    """
+    temperature = value_at(model.teacher_temperature, model.step)
+    logits = outputs["teacher_global"]
+    targets = {"dino": model.class_targets(logits, temperature, training=training)}
+    if "slots" in outputs:
+        logits, weights = outputs["teacher_patches"], outputs["slots"].valid
+        settings = {"weights": weights, "training": training}
+        targets["ibot"] = model.patch_targets(logits, temperature, **settings)
+    return targets

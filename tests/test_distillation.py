@@ -1,4 +1,4 @@
-"""Distillation from a frozen teacher: the reference's step, heads trained before, saving."""
+"""Distillation from a frozen teacher: the reference's step, trained heads, several students."""
 
 import keras
 import keras_hub
@@ -11,6 +11,8 @@ from golden_model import golden_model
 from keras import ops
 
 import keras_dinov3 as kd
+import keras_dinov3.model
+import keras_dinov3.targets
 from keras_dinov3.families import swiglu_width
 
 
@@ -146,3 +148,200 @@ def test_wrong_heads():
     heads[0].build((None, 32))
     with pytest.raises(ValueError, match="a head for width 32, and a teacher of width 48"):
         tiny.model(**settings, teacher_heads=heads)
+
+
+# ---- several students ----
+
+
+def teaching():
+    """A frozen teacher and its heads, as arguments of `DINOv3`."""
+    keras.utils.set_random_seed(5)
+    heads = [kd.DINOHead(count, 28, 18) for count in (tiny.K, tiny.K_PATCH)]
+    return {"teacher": tiny.backbone(hidden_dim=48), "teacher_heads": heads, "teacher_ema": None}
+
+
+def student(name, shared, **config):
+    keras.utils.set_random_seed(6)
+    settings = {
+        "small": {"drop_path_rate": 0.3, "koleo_weight": 0.3},
+        "base": {"backbone": tiny.backbone(hidden_dim=40), "head_hidden_dim": 20},
+    }
+    config = {**shared, **settings[name], **config}
+    return tiny.model(kd.AdamW(1e-3, part_clipnorm=0.5), **config)
+
+
+def students(shared=None, **config):
+    shared = teaching() if shared is None else shared
+    return {name: student(name, shared, **config) for name in ("small", "base")}
+
+
+def count_calls(patch, counts, owner, name, kind=None):
+    """Counts the calls of a function or method."""
+    function, kind = getattr(owner, name), kind or name
+    counts[kind] = 0
+
+    def call(*args, **kwargs):
+        counts[kind] += 1
+        return function(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
+
+
+@pytest.fixture(scope="module")
+def together():
+    """Two students that were trained together, how that went, their teacher, and what it did."""
+    shared, counts = teaching(), {}
+    model = kd.MultiDistillation(students(shared))
+    with pytest.MonkeyPatch.context() as patch:
+        count_calls(patch, counts, model, "compute_loss", "step")
+        # The student's forward pass is another function, `encode_views`.
+        count_calls(patch, counts, keras_dinov3.model, "encode", "teacher")
+        count_calls(patch, counts, keras_dinov3.targets, "sinkhorn_knopp")
+        for head in shared["teacher_heads"]:
+            count_calls(patch, counts, head, "call", "heads")
+        history = train(model)
+    return model, history, shared, counts
+
+
+def train(model):
+    """Three epochs of one step."""
+    data = tiny.images(), np.arange(tiny.B) % 2
+    callbacks = []
+    if isinstance(model, kd.MultiDistillation):
+        model.compile(kd.AdamW(1e-3, part_clipnorm=0.5))
+        knn = kd.callbacks.KNN(data, data, k=1, feature="cls")
+        callbacks = [kd.callbacks.OfStudent("base", knn)]
+    settings = {"batch_size": tiny.B, "epochs": 3, "verbose": 0}
+    return model.fit(data[0], **settings, callbacks=callbacks).history
+
+
+@pytest.mark.parametrize("name", ["small", "base"])
+def test_each_student_learns_what_it_would_alone(together, name):
+    model, history, shared, _ = together
+    alone = student(name, shared)
+    expected = train(alone)
+    assert len(expected) == 5
+    for term, values in expected.items():
+        np.testing.assert_allclose(history[f"{name}_{term}"], values, rtol=2e-5, err_msg=term)
+    weights = model.students[name].weights
+    assert len(weights) == len(alone.weights)
+    for ours, theirs in zip(weights, alone.weights, strict=True):
+        if ours.name not in ("order_seed", "seed_generator_state"):
+            np.testing.assert_allclose(numpy(ours), numpy(theirs), 1e-4, 2e-5, err_msg=ours.path)
+    images = ops.convert_to_tensor(tiny.crops()["global_crops"][:, 0])
+    exported = [x.export_backbone(*args) for x, args in ((model, [name]), (alone, []))]
+    assert exported[0].hidden_dim == alone.student.hidden_dim
+    close = [numpy(kd.encode(backbone, images).cls) for backbone in exported]
+    np.testing.assert_allclose(*close, rtol=1e-3, atol=1e-4)
+
+
+def test_the_logs_of_several_students(together):
+    model, history, *_ = together
+    total = np.add(history["small_loss"], history["base_loss"])
+    np.testing.assert_allclose(history["loss"], total, rtol=1e-6)
+    assert len(history["base_knn"]) == 3 and "small_knn" not in history
+    assert int(model.step) == 3 == int(model.students["base"].step)
+    with pytest.raises(ValueError, match="must be one of .'small', 'base'.*'large'"):
+        model.export_backbone("large")
+
+
+def test_several_students_go_on_after_loading(together, tmp_path):
+    model, *_ = together
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    small, base = loaded.students.values()
+    assert small.teacher is base.teacher and small.teacher_dino_head is base.teacher_dino_head
+    assert len(loaded.variables) == len(model.variables)
+    batch = tiny.images(seed=9)
+    before = [numpy(w).copy() for w in model.weights]
+    expected = model.train_on_batch(batch, return_dict=True)
+    found = loaded.train_on_batch(batch, return_dict=True)
+    assert found.keys() == expected.keys()
+    for term, value in expected.items():
+        np.testing.assert_allclose(found[term], value, rtol=1e-6, err_msg=term)
+    for weight, value in zip(model.weights, before, strict=True):  # as the other tests want them
+        weight.assign(value)
+
+
+def test_the_teacher_runs_once(together):
+    *_, counts = together
+    steps = counts.pop("step")  # as often as they were traced
+    assert steps > 0
+    # Class tokens and patches each go through one head.
+    assert counts == {"teacher": steps, "heads": 2 * steps, "sinkhorn_knopp": 2 * steps}
+
+
+def test_what_differs_is_not_shared():
+    shared = teaching()
+
+    def shares(**config):
+        parts = {"small": student("small", shared), "base": student("base", shared, **config)}
+        model = kd.MultiDistillation(parts)
+        keys = model.logit_keys, model.target_keys
+        return tuple(side["small"] == side["base"] for side in keys)
+
+    ramp = kd.WarmupCosine(0.07, 9, warmup_steps=3, start=0.04, end=0.07)
+    assert shares(student_temperature=0.2) == (True, True)
+    assert shares(teacher_temperature=ramp) == (True, False)
+    assert shares(sinkhorn_iterations=2) == (True, False)
+    assert shares(centering=kd.SoftmaxCentering()) == (True, False)
+    assert shares(prototype_chunk_size=2) == (False, False)
+    assert shares(teacher_heads=None) == (False, False)
+    assert shares(teacher_heads=teaching()["teacher_heads"]) == (False, False)
+    centered = kd.MultiDistillation(students(shared, centering=kd.SoftmaxCentering()))
+    assert len(set(centered.target_keys.values())) == 2  # each moves its own center
+
+
+def test_patch_sizes_may_differ_without_patch_losses():
+    shared = {**teaching(), "ibot_weight": 0, "masking": None}
+    fine = tiny.model(backbone=tiny.backbone(patch_size=4), **shared)
+    model = kd.MultiDistillation({"small": student("small", shared), "fine": fine})
+    crops = {name: keras.KerasTensor(x.shape, "float32") for name, x in tiny.crops().items()}
+    outputs = model(crops, training=True)
+    assert tuple(outputs["fine"]["student_global"].shape) == (tiny.B, tiny.G, tiny.K)
+
+
+def test_students_that_cannot_be_trained_together():
+    shared = teaching()
+    small = student("small", shared)
+    others = {
+        "the same teacher": student("base", teaching()),
+        "different augmentation": student(
+            "base", shared, augmentation=tiny.multi_crop(num_local_crops=1)
+        ),
+        "different masking": student("base", shared, masking=kd.RandomMasking(0.3)),
+        "different ibot_weight": student("base", shared, ibot_weight=0),
+        "the frozen `teacher`": tiny.model(),
+        "backbone and heads of its own": tiny.model(backbone=small.student, **shared),
+    }
+    for message, base in others.items():
+        with pytest.raises(ValueError, match=message):
+            kd.MultiDistillation({"small": small, "base": base})
+    for name in ("val", "a b", 3):
+        with pytest.raises(ValueError, match="must be a Python identifier"):
+            kd.MultiDistillation({"small": small, name: student("base", shared)})
+    with pytest.raises(ValueError, match="at least two"):
+        kd.MultiDistillation({"small": small})
+    with pytest.raises(TypeError, match="must be a `DINOv3`"):
+        kd.MultiDistillation({"small": small, "base": small.student})
+
+
+def test_what_several_students_do_not_take():
+    model = kd.MultiDistillation(students())
+    with pytest.raises(ValueError, match="part_clipnorm=3.0"):
+        model.compile(keras.optimizers.AdamW(1e-3, global_clipnorm=3.0))
+    model.compile()
+    data = tiny.images(), np.arange(tiny.B) % 2
+    fit = {"batch_size": tiny.B, "verbose": 0}
+    with pytest.raises(ValueError, match='OfStudent."small", callback'):
+        model.fit(data[0], **fit, callbacks=[kd.callbacks.KNN(data, data, k=1)])
+    with pytest.raises(ValueError, match="is frozen"):
+        model.fit(data[0], **fit, callbacks=[kd.callbacks.TeacherEMA()])
+    with pytest.raises(ValueError, match="with students .'small', 'base'"):
+        model.fit(
+            data[0], **fit, callbacks=[kd.callbacks.OfStudent("large", keras.callbacks.Callback())]
+        )
+    with pytest.raises(ValueError, match="`local_crops` must have the backbone's 3 channels"):
+        model.fit({**tiny.crops(), "local_crops": tiny.crops()["local_crops"][..., :1]}, **fit)
+    with pytest.raises(ValueError, match="each one's own"):
+        model.predict(data[0])
