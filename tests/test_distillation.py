@@ -1,5 +1,7 @@
 """Distillation from a frozen teacher: the reference's step, trained heads, several students."""
 
+from types import SimpleNamespace
+
 import keras
 import keras_hub
 import meta
@@ -243,6 +245,27 @@ def test_the_logs_of_several_students(together):
     assert int(model.step) == 3 == int(model.students["base"].step)
     with pytest.raises(ValueError, match="must be one of .'small', 'base'.*'large'"):
         model.export_backbone("large")
+
+
+def test_a_callback_of_one_student_sees_it_as_if_alone():
+    seen = []
+
+    class Note(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append((epoch, self.model.learned, self.model.optimizer, dict(logs)))
+            logs.update(loss=-1.0, knn=0.5)
+            self.model.stop_training = True
+
+    whole = SimpleNamespace(optimizer="adamw", stop_training=False)
+    whole.students = {"a": SimpleNamespace(learned="a's"), "b": SimpleNamespace(learned="b's")}
+    callback = kd.callbacks.OfStudent("b", Note())
+    callback.set_model(whole)
+    logs = {"loss": 3.0, "a_loss": 1.0, "b_loss": 2.0, "val_b_loss": 4.0, "val_loss": 5.0}
+    before = dict(logs)
+    callback.on_epoch_end(7, logs)
+    assert seen == [(7, "b's", "adamw", {"loss": 2.0, "val_loss": 4.0})]
+    assert logs == {**before, "b_loss": -1.0, "b_knn": 0.5}
+    assert whole.stop_training
 
 
 def test_several_students_go_on_after_loading(together, tmp_path):

@@ -128,7 +128,7 @@ def test_several_students_hear_a_cached_teacher(cache):
     teacher = cache.stand_in()
     parts = {"small": student(teacher), "base": student(teacher, head_hidden_dim=20)}
     model = kd.MultiDistillation(parts)
-    batch = batches_of(cache)[0]
+    batch = {**batches_of(cache)[0], "masks": tiny.crops(3, masked=0.4)["masks"]}
     model.check(batch)
     specs = {name: keras.KerasTensor(x.shape, x.dtype.name) for name, x in batch.items()}
     outputs = model(specs, training=True)
