@@ -165,7 +165,7 @@ def check_teacher_ema(teacher_ema, student, teacher, student_alone=None):
         raise ValueError(
             "A teacher that follows the student must compute the same function of its weights. "
             "Received: a model made with `teacher_ema=None` and a `teacher` of its own, to which "
-            "its `extras` and `lora` do not apply. Build the model with this `teacher_ema`."
+            "its `extras` do not apply, nor its `lora`. Build the model with this `teacher_ema`."
         )
     settings = [
         {name: getattr(side, name, None) for name in FUNCTION_SETTINGS}

@@ -306,7 +306,7 @@ def test_distillation_adapts_the_student_alone():
     randomize(model.student_extras.lora.weights)
     expected = features(model.student, images(), model.student_extras)
     np.testing.assert_allclose(features(model.export_backbone(), images()), expected, atol=1e-5)
-    with pytest.raises(ValueError, match="`extras` and `lora` do not apply"):
+    with pytest.raises(ValueError, match="do not apply, nor its `lora`"):
         model.teacher_ema = kd.callbacks.TeacherEMA()
 
 

@@ -241,6 +241,7 @@ def test_every_argument_is_in_the_config():
         "koleo_crops": 1,
         "koleo_distance": "cosine",
         "extras": kd.EncoderExtras(untie_cls_norm=True, rope_rescale=2.0),
+        "lora": kd.LoRA(3, 2.0, ["output"]),
         "teacher": tiny.backbone(),
         "teacher_heads": None,
         "teacher_ema": kd.callbacks.TeacherEMA(0.5),
