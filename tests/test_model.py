@@ -246,6 +246,8 @@ def test_every_argument_is_in_the_config():
         "teacher_heads": None,
         "teacher_ema": kd.callbacks.TeacherEMA(0.5),
         "gram": kd.GramAnchor(start_step=3, weight=kd.WarmupCosine(2.0, 9), negatives="remove"),
+        "alignment": kd.PatchAlignment(kd.WarmupCosine(1.5, 9), pairs="all", min_patches=5),
+        "preserve": kd.Preserve(weight=kd.WarmupCosine(0.5, 9), distance="squared"),
         "prototype_chunk_size": 3,
         "seed": 8,
     }
