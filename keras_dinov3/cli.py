@@ -19,7 +19,7 @@ from keras_dinov3 import (
     recipes,
     report,
 )
-from keras_dinov3.commands import add_adapt, add_convert
+from keras_dinov3.commands import add_adapt, add_convert, add_pretrain
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 FILES = (*WEIGHT_FILES, ".bin", ".h5", ".keras", ".npz", ".onnx")  # that no folder is named like
@@ -48,7 +48,7 @@ def parser():
     main_parser = argparse.ArgumentParser(prog="keras-dinov3", description=__doc__)
     commands = main_parser.add_subparsers(dest="command", required=True)
     add_convert(commands).set_defaults(run=run_convert)
-    add_pretrain(commands)
+    add_pretrain(commands).set_defaults(run=run_pretrain)
     add_adapt(commands).set_defaults(run=run_adapt)
     add_evaluate(commands)
     add_report(commands)
@@ -144,39 +144,24 @@ def write_backbone(backbone, target, kind):
         convert.write_weights(convert.backbone_to_meta(backbone), target)
 
 
-def add_pretrain(commands):
-    command = commands.add_parser(
-        "pretrain",
-        help="train on a folder of images without labels",
-        description="Trains on a folder of images, or a tar file of them. If all lie in several "
-        "subfolders, these are taken for classes, and k-NN says during the run how good the "
-        "features are; training does not see them.",
-    )
-    add = command.add_argument
-    add("--images", help="folder or tar file of images; needed unless it is a --resume")
-    add("--output", help="folder for the run; needed unless it is a --dry-run")
-    add("--test", help="folder or tar file with the same subfolders, for k-NN")
-    add(
-        "--recipe",
-        help=f"{', '.join(recipes.RECIPES)}, or the path of a JSON file that holds one, such as a "
-        "run's settings.json. Default: tiny",
-    )
-    add("--batch-size", type=int, help="images in one update. Default: 64")
-    add("--epochs", type=int, help="default: 100")
-    add("--image-size", type=int, nargs="+", metavar="PIXELS", help="one side, or height and width")
-    add("--dtype", help="of the computation: float32, mixed_bfloat16. Default: the recipe's")
-    add("--seed", type=int, help="default: 0")
-    add("--resume", action="store_true", help="go on with the run in --output")
-    add("--dry-run", action="store_true", help="print the settings and why, and train nothing")
-    add("--json", action="store_true", help="print them as JSON, to be edited, for --recipe")
-    command.set_defaults(run=run_pretrain)
-
-
 def run_pretrain(arguments):
     if arguments.resume:
-        resume(arguments, ("recipe", "batch_size", "epochs", "image_size", "dtype"))
+        fixed = ("recipe", "backbone", "guard", "batch_size", "epochs", "image_size", "dtype")
+        resume(arguments, fixed)
         return
-    recipe = recipes.get(arguments.recipe or "tiny")
+    guard = arguments.guard
+    if arguments.backbone is None:
+        if guard is not None:
+            raise ValueError(f"`--guard` is for a `--backbone`. Received: --guard {guard} alone.")
+        recipe = recipes.get(arguments.recipe or "tiny")
+    else:
+        if arguments.recipe is not None:
+            raise ValueError(
+                "A `--backbone` has the recipe `continue`. Received: --recipe "
+                f"{arguments.recipe} too. Print that one as JSON (--json), edit it, and give it."
+            )
+        recipe = recipes.continue_from(arguments.backbone)
+        guard = {None: "restore", "off": None}.get(guard, guard)
     if arguments.dtype:
         recipe = recipe.changed(backbone={"dtype": arguments.dtype})
     recipe = pretrain.plan_run(
@@ -190,7 +175,7 @@ def run_pretrain(arguments):
     if arguments.json:
         print(json.dumps(recipe.get_config(), indent=2))
     else:
-        train(arguments, recipe)
+        train(arguments, recipe, guard)
 
 
 def run_adapt(arguments):
@@ -245,7 +230,7 @@ def size_of(arguments):
     return size[0] if size and len(size) == 1 else size
 
 
-def train(arguments, recipe):
+def train(arguments, recipe, guard=None):
     """Prints the recipe and, unless it is a dry run, trains by it."""
     print(recipe, flush=True)
     if arguments.dry_run:
@@ -260,6 +245,7 @@ def train(arguments, recipe):
         arguments.test,
         arguments.seed or 0,
         command=line,
+        guard=guard,
     )
     print_results(found, arguments.output)
 

@@ -1,6 +1,6 @@
 """Flags of commands whose code is elsewhere; `cli.py` has the others and runs them all."""
 
-from keras_dinov3 import convert
+from keras_dinov3 import convert, recipes
 
 KINDS = ("meta", "huggingface", "keras")
 
@@ -57,6 +57,41 @@ def add_convert(commands):
         default="teacher",
         help="side of a training checkpoint of meta; default: %(default)s",
     )
+    return command
+
+
+def add_pretrain(commands):
+    command = commands.add_parser(
+        "pretrain",
+        help="train on a folder of images without labels",
+        description="Trains on a folder of images, or a tar file of them. If all lie in several "
+        "subfolders, these are taken for classes, and k-NN says during the run how good the "
+        "features are; training does not see them.",
+    )
+    add = command.add_argument
+    add("--images", help="folder or tar file of images; needed unless it is a --resume")
+    add("--output", help="folder for the run; needed unless it is a --dry-run")
+    add("--test", help="folder or tar file with the same subfolders, for k-NN")
+    add(
+        "--recipe",
+        help=f"{', '.join(recipes.RECIPES)}, or the path of a JSON file that holds one, such as a "
+        "run's settings.json. Default: tiny",
+    )
+    add("--backbone", help="go on with a Keras Hub preset or a run, by the recipe `continue`")
+    add(
+        "--guard",
+        choices=("stop", "restore", "off"),
+        help="with --backbone, when features become worse than they were: stop, or put the best "
+        "weights back and stop. Default: restore",
+    )
+    add("--batch-size", type=int, help="images in one update. Default: 64")
+    add("--epochs", type=int, help="default: 100")
+    add("--image-size", type=int, nargs="+", metavar="PIXELS", help="one side, or height and width")
+    add("--dtype", help="of the computation: float32, mixed_bfloat16. Default: the recipe's")
+    add("--seed", type=int, help="default: 0")
+    add("--resume", action="store_true", help="go on with the run in --output")
+    add("--dry-run", action="store_true", help="print the settings and why, and train nothing")
+    add("--json", action="store_true", help="print them as JSON, to be edited, for --recipe")
     return command
 
 

@@ -35,8 +35,9 @@ class Guard(FeatureMonitor):
         every: Int, at least 1. Epochs from one look to the next.
         every_steps: Int: batches, see `Monitor`. `None`: only at the ends of epochs.
         k: Int, number of neighbours.
-        path: Path of a `.npz` file for the features of the start, to which a run that is resumed
-            is compared too. `None`: a resumed run is compared with what it is resumed from.
+        path: Path of a file to which the alarm is appended as a line of JSON, or `None`.
+        start_path: Path of a `.npz` file for the features of the start, to which a run that is
+            resumed is compared too. `None`: it is compared with what it is resumed from.
         feature: `"cls"`, `"mean_patch"` or `"cls_mean_patch"`.
         mean: Number or one per channel, as in `MultiCrop`. `None`: the mean of the model's
             augmentation.
@@ -65,6 +66,7 @@ class Guard(FeatureMonitor):
         every_steps=None,
         k=10,
         path=None,
+        start_path=None,
         feature="cls_mean_patch",
         mean=None,
         std=None,
@@ -86,7 +88,8 @@ class Guard(FeatureMonitor):
         self.max_rank_drop = max_rank_drop
         self.min_agreement = min_agreement
         self.k = k
-        self.path = None if path is None else pathlib.Path(path)
+        self.path = path
+        self.start_path = None if start_path is None else pathlib.Path(start_path)
         self.alarm = None
 
     @property
@@ -112,21 +115,21 @@ class Guard(FeatureMonitor):
 
     def features_of_the_start(self, features):
         """These, or those that the run has kept before it was stopped."""
-        if self.path is None:
+        if self.start_path is None:
             return features
-        if int(self.model.step) > 0 and self.path.exists():
-            with np.load(self.path, allow_pickle=False) as file:
+        if int(self.model.step) > 0 and self.start_path.exists():
+            with np.load(self.start_path, allow_pickle=False) as file:
                 first = file["features"]
             if first.shape != features.shape:
                 raise ValueError(
-                    f"{self.path} must hold the features of this run at its start, of shape "
+                    f"{self.start_path} must hold the features of this run at its start, of shape "
                     f"{features.shape}. Received: {first.shape}. Give the images of then."
                 )
             return first
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name("unfinished.npz")
+        self.start_path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.start_path.with_name("unfinished.npz")
         np.savez(unfinished, features=features)
-        os.replace(unfinished, self.path)
+        os.replace(unfinished, self.start_path)
         return features
 
     def _record(self, epoch):
@@ -137,7 +140,7 @@ class Guard(FeatureMonitor):
         broken = [name for name, limit in limits.items() if record[name] < limit - 1e-6]
         if broken:
             self.alarm = self.alarm_of(record, limits, broken)
-            announce(self.alarm)
+            announce(self.alarm, self.path)
             self.model.stop_training = True
         elif self.action == "restore":
             value = record.get("guard_knn", 0.0)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from keras_dinov3 import backend
-from keras_dinov3.callbacks import KNN, CollapseMonitor, Pictures, RankMe, ScheduleLogger
+from keras_dinov3.callbacks import KNN, CollapseMonitor, Guard, Pictures, RankMe, ScheduleLogger
 from keras_dinov3.data import image_folder
 from keras_dinov3.evaluation import knn_accuracy
 from keras_dinov3.image_files import TarredFile, find_all, image_suffixes
@@ -87,6 +87,7 @@ def plan_run(source, recipe, batch_size=None, epochs=None, image_size=None, has_
     Returns:
         `Recipe` with a plan for as many images as will be trained on.
     """
+    recipe.check_backbone()
     planned = recipe.plan or {}
     num_images = source.count
     if source.has_classes and not has_test:
@@ -100,7 +101,7 @@ def plan_run(source, recipe, batch_size=None, epochs=None, image_size=None, has_
     )
 
 
-def pretrain(images, output, recipe, test=None, seed=0, command=None, verbose="auto"):
+def pretrain(images, output, recipe, test=None, seed=0, command=None, guard=None, verbose="auto"):
     """Trains by a recipe and leaves all there is to know in a folder.
 
     In `output`: settings.json (the recipe with its reasons, the command, the versions), log.csv
@@ -117,6 +118,8 @@ def pretrain(images, output, recipe, test=None, seed=0, command=None, verbose="a
             is not trained on then.
         seed: Int. Seeds everything.
         command: Text that is kept in settings.json, or `None`.
+        guard: `action` of a `callbacks.Guard` for a backbone that knows something already; what its
+            features were at the start is kept in guard.npz. `None`: none.
         verbose: As in `fit`.
 
     Returns:
@@ -140,12 +143,13 @@ def pretrain(images, output, recipe, test=None, seed=0, command=None, verbose="a
         "images": str(images),
         "test": None if test is None else str(test),
         "seed": seed,
+        "guard": guard,
         "unreadable": len(data.unreadable),
         "environment": environment(),
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / "settings.json").write_text(json.dumps(settings, indent=2))
-    return train(model, sides, output, recipe.plan["epochs"], seed, verbose)
+    return train(model, sides, output, recipe.plan["epochs"], seed, guard, verbose)
 
 
 def resume(output, images=None, test=None, verbose="auto"):
@@ -182,7 +186,8 @@ def resume(output, images=None, test=None, verbose="auto"):
             "A resumed run needs the images that it began with. Received: "
             f"{len(sides[0].files)} images, where there were {recipe.plan['num_images']}."
         )
-    return train(model, sides, output, epochs, seed, verbose, resumes=True)
+    guard = settings["guard"]
+    return train(model, sides, output, epochs, seed, guard, verbose, resumes=True)
 
 
 def recipe_of(config):
@@ -191,7 +196,7 @@ def recipe_of(config):
     return Recipe.from_config({name: value for name, value in config.items() if name in names})
 
 
-def train(model, sides, output, epochs, seed, verbose, resumes=False):
+def train(model, sides, output, epochs, seed, guard, verbose, resumes=False):
     """`fit` with all callbacks, and what is written at the end."""
     data, neighbours, queries = sides
     every = max(epochs // NUM_MEASUREMENTS, 1)
@@ -202,6 +207,9 @@ def train(model, sides, output, epochs, seed, verbose, resumes=False):
         RankMe(ranked, every, feature=FEATURE),
         ScheduleLogger(),
     ]
+    if guard is not None:
+        paths = {"path": output / "alarms.jsonl", "start_path": output / "guard.npz"}
+        callbacks.append(Guard(ranked, guard, every=every, feature=FEATURE, **paths))
     can_draw = importlib.util.find_spec("matplotlib") is not None
     if can_draw:
         shown = all_of(some_of(data if queries is None else queries, NUM_SHOWN, seed))

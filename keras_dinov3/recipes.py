@@ -173,6 +173,15 @@ class Recipe:
                 arguments[argument] = SECTIONS[section](**parts[section])
         return arguments
 
+    def check_backbone(self):
+        """Raises a `ValueError` if the recipe does not say which backbone is trained."""
+        if not {"class", "preset"} & self.settings.get("backbone", {}).keys():
+            raise ValueError(
+                f"The recipe {self.name!r} goes on from a backbone that has weights. Received: no "
+                '`preset` in its section "backbone". Call `recipes.continue_from(preset)`, or '
+                "give the command a `--backbone` in its place."
+            )
+
     def build_backbone(self):
         """The Keras Hub backbone, new or from its preset, for images of the plan's size."""
         settings = dict(self.settings.get("backbone", {}))
@@ -182,11 +191,7 @@ class Recipe:
         if "preset" in settings:
             settings.pop("patch_size", None)  # it is the preset's
             return read_preset(settings.pop("preset"), **settings, **shape)
-        if "class" not in settings:
-            raise ValueError(
-                f"The recipe {self.name!r} goes on from a backbone that has weights. Received: no "
-                '`preset` in its section "backbone". Call `recipes.continue_from(preset)`.'
-            )
+        self.check_backbone()
         return getattr(keras_hub.models, settings.pop("class"))(**{**settings, **shape})
 
     def build(self, seed=None):

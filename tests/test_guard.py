@@ -1,5 +1,6 @@
 """`Guard`: what it measures by hand, when it stops, what it puts back, and resumed runs."""
 
+import json
 import warnings
 
 import keras
@@ -127,18 +128,20 @@ def test_stop_leaves_the_weights_and_need_not_wait_for_the_epoch(model):
 def test_a_resumed_run_is_compared_with_the_start(model, tmp_path):
     path = tmp_path / "run" / "start.npz"
     settings = {"batch_size": 4, "verbose": 0}
-    guard = kd.callbacks.Guard(IMAGES, k=3, path=path)
+    guard = kd.callbacks.Guard(IMAGES, k=3, start_path=path)
     model.fit(IMAGES[:4], **settings, callbacks=[rates(0.0), guard])
     assert list(path.parent.iterdir()) == [path]
     for weight in model.teacher.weights:
         weight.assign(np.random.default_rng(0).normal(size=weight.shape))
-    again = kd.callbacks.Guard(IMAGES, k=3, path=path, min_agreement=0.9)
+    alarms = tmp_path / "alarms.jsonl"
+    again = kd.callbacks.Guard(IMAGES, k=3, path=alarms, start_path=path, min_agreement=0.9)
     with pytest.warns(UserWarning, match="guard_agreement"):
         model.fit(
             IMAGES[:4], **settings, epochs=2, initial_epoch=1, callbacks=[rates(0, 0.0), again]
         )
     assert again.records[0]["guard_agreement"] < 0.9
-    other = kd.callbacks.Guard(IMAGES[:20], k=3, path=path)
+    assert json.loads(alarms.read_text()) == again.alarm and again.alarm["kind"] == "unlearns"
+    other = kd.callbacks.Guard(IMAGES[:20], k=3, start_path=path)
     with pytest.raises(ValueError, match=r"features of this run at its start.*Received: \(24"):
         model.fit(IMAGES[:4], **settings, callbacks=[rates(0.0), other])
 

@@ -252,6 +252,24 @@ def test_what_is_not_given_comes_from_the_images_and_the_recipe(images):
     assert pretrain.plan_run(source, planned, has_test=True).plan["num_images"] == 44
 
 
+def test_a_backbone_goes_on_under_a_guard(finished, command, tmp_path, capsys):
+    """One look before and one after: what is far from the start is warned of, and put back."""
+    folder = finished[0]
+    options = {"recipe": None, "backbone": folder, "epochs": 1}
+    output = run(command("--dry-run", **options), capsys)
+    for text in ("freeze_backbone_steps", "[gram]", "[preserve]", "head_multiplier"):
+        assert text in output
+    output = run(command(**options, output=tmp_path / "run", seed=1), capsys)
+    log = read_log(tmp_path / "run")[0]
+    assert "guard_knn" in log and (tmp_path / "run" / "guard.npz").is_file()
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["guard"] == "restore"
+    kept = json.loads((folder / "settings.json").read_text())["recipe"]["settings"]
+    new = settings["recipe"]["settings"]
+    assert new["augmentation"]["mean"] == kept["augmentation"]["mean"]
+    assert new["backbone"]["preset"] == str((folder / "backbone").resolve())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -266,6 +284,9 @@ def test_what_is_not_given_comes_from_the_images_and_the_recipe(images):
         ({"recipe": "none.json"}, "none.json"),
         ({"dtype": "float31"}, "float31"),
         ({"images": None}, "`--images` is needed"),
+        ({"recipe": "continue"}, "no `preset`.*give the command a `--backbone`"),
+        ({"backbone": "missing"}, "`--backbone` has the recipe `continue`. Received: --recipe"),
+        ({"guard": "stop"}, "`--guard` is for a `--backbone`"),
         ({"output": None}, "`--output` is needed"),
     ],
 )
