@@ -20,6 +20,8 @@ from keras_dinov3.pretrain import plan_run, recipe_of
 from keras_dinov3.recipes import Recipe, scheduled
 
 EPOCHS = 10
+# Of the optimizer, when the heads are those of the run.
+HEADS = {"freeze_last_layer_steps": 0, "freeze_backbone_steps": 0, "head_multiplier": 1.0}
 GRAM_WEIGHT = 2.0
 # For a preset, which does not tell how it was trained.
 SETTINGS = {
@@ -198,20 +200,20 @@ def settings_of(folder):
         }
         for section, values in {"augmentation": {}, "optimizer": {}, **recipe.settings}.items()
     }
+    settings.pop("gram", None)  # there is a new anchor
     for name in ("global_crop_size", "local_crop_size", "blur_sigma"):
         settings["augmentation"].pop(name, None)
     checkpoint = folder / "checkpoint.keras"
     if not checkpoint.is_file():
-        settings["optimizer"].pop("freeze_last_layer_steps", None)
+        for name in HEADS:
+            settings["optimizer"].pop(name, None)
         return settings, None
-    for name in ("freeze_last_layer_steps", "freeze_backbone_steps"):  # its heads are trained, too
-        settings["optimizer"][name] = 0
-    settings["optimizer"]["head_multiplier"] = 1.0
+    settings["optimizer"] |= HEADS
     return settings, str(checkpoint.resolve())
 
 
 def parse_sizes(text):
-    """`"512:112:1024,768:168"`: `[(512, 112, 1024), (768, 168)]`, or a ValueError."""
+    """`"512:112:1024,768:160"`: `[(512, 112, 1024), (768, 160)]`, or a ValueError."""
     try:
         sizes = [tuple(int(side) for side in part.split(":")) for part in text.split(",")]
     except ValueError:
@@ -220,7 +222,7 @@ def parse_sizes(text):
         raise ValueError(
             "`--sizes` must be pixels of global, local and, if they are not to be twice the "
             "global ones, Gram crops: GLOBAL:LOCAL or GLOBAL:LOCAL:GRAM, several with commas. "
-            f"Received: {text!r}. For example: 512:112:1024,768:168."
+            f"Received: {text!r}. For example: 512:112:1024,768:160."
         )
     return sizes
 

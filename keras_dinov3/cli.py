@@ -149,10 +149,7 @@ def run_pretrain(arguments):
         fixed = ("recipe", "backbone", "guard", "batch_size", "epochs", "image_size", "dtype")
         resume(arguments, fixed)
         return
-    guard = arguments.guard
     if arguments.backbone is None:
-        if guard is not None:
-            raise ValueError(f"`--guard` is for a `--backbone`. Received: --guard {guard} alone.")
         recipe = recipes.get(arguments.recipe or "tiny")
     else:
         if arguments.recipe is not None:
@@ -161,7 +158,13 @@ def run_pretrain(arguments):
                 f"{arguments.recipe} too. Print that one as JSON (--json), edit it, and give it."
             )
         recipe = recipes.continue_from(arguments.backbone)
-        guard = {None: "restore", "off": None}.get(guard, guard)
+    guard, goes_on = arguments.guard, "preset" in recipe.settings.get("backbone", {})
+    if guard is not None and not goes_on:
+        raise ValueError(
+            "`--guard` is for a backbone that knows something already. Received: --guard "
+            f"{guard} without `--backbone`."
+        )
+    guard = None if guard == "off" or not goes_on else guard or "restore"
     if arguments.dtype:
         recipe = recipe.changed(backbone={"dtype": arguments.dtype})
     recipe = pretrain.plan_run(
@@ -188,7 +191,7 @@ def run_adapt(arguments):
         ("sizes", "GLOBAL:LOCAL or GLOBAL:LOCAL:GRAM in pixels, several with commas"),
     ):
         if getattr(arguments, name) is None:
-            raise ValueError(f"`--{name}` is needed: {what}.")
+            raise ValueError(f"`--{name}` is needed: {what}. Received: none.")
     given = arguments.probabilities
     weight = arguments.gram_weight
     recipe = adapt.plan_adaptation(

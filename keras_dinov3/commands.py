@@ -111,7 +111,7 @@ def add_adapt(commands):
     add(
         "--sizes",
         help="pixels of global, local and Gram crops, one of which is drawn for each update, such "
-        "as 512:112:1024,768:168. Gram crops that are not given are twice the global ones",
+        "as 512:112:1024,768:160. Gram crops that are not given are twice the global ones",
     )
     add("--probabilities", help="of the sizes, such as 0.7,0.3. Default: all alike")
     add("--gram-weight", type=float, help="of the Gram loss; 0 for no anchor. Default: 2")

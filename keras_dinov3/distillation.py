@@ -263,7 +263,8 @@ def text_of(value):
     """The settings of a value, but for names and seeds, as a text that can be compared."""
     value = keras.saving.serialize_keras_object(value)
     if isinstance(value, dict) and "config" in value:
-        kept = {k: v for k, v in value["config"].items() if k not in ("name", "seed")}
+        # How a layer's dtype is written depends on what was written before.
+        kept = {k: v for k, v in value["config"].items() if k not in ("name", "seed", "dtype")}
         value = {"class_name": value["class_name"], "config": kept}
     return json.dumps(value, sort_keys=True)
 

@@ -11,9 +11,8 @@ from keras_dinov3.encoder import encode, grid_of, merge
 from keras_dinov3.families import check_backbone, patch_size_of
 from keras_dinov3.losses import check_negatives, gram_loss
 from keras_dinov3.masking import masked_slots
-from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_count, check_range, check_steps, value_at
-from keras_dinov3.terms import Term, check_frozen, frozen_copy
+from keras_dinov3.terms import Term, check_frozen, frozen_copy, own_backbone
 
 SOURCES = ("teacher", "ema_teacher")
 TOKENS = ("all", "masked", "unmasked")
@@ -89,8 +88,8 @@ class GramAnchor(Term):
 
     Args:
         source: What the Gram teacher is. `"teacher"`: a copy of the EMA teacher at `start_step`.
-            `"ema_teacher"`: the EMA teacher itself, on the student's own global crops. Or a Keras
-            Hub backbone, or the name or folder of a preset: that one, which never changes.
+            `"ema_teacher"`: the EMA teacher itself, on the student's own global crops. Or a copy of
+            a Keras Hub backbone, or the name or folder of a preset: that one, which never changes.
         start_step: Int. The update from which the loss counts; before, it is 0 and the Gram
             teacher computes nothing.
         refresh_every: Int, or `None` for never. Updates from one new copy of the EMA teacher to
@@ -141,8 +140,8 @@ class GramAnchor(Term):
         check_options(source, refresh_every, max_refreshes, resolution_scale, tokens, per_image)
         check_negatives(negatives)
         check_range("weight", weight, low=0, below=math.inf)
-        if isinstance(source, str) and source not in SOURCES:
-            source = read_preset(source)
+        if source not in SOURCES:
+            source = own_backbone(source)
         self.refresh = GramTeacher(start_step, refresh_every, max_refreshes)
         self.source = source
         self.resolution_scale = resolution_scale

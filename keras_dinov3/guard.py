@@ -1,5 +1,6 @@
 """`Guard`: a run that unlearns what its backbone knew is stopped."""
 
+import math
 import os
 import pathlib
 
@@ -28,7 +29,9 @@ class Guard(FeatureMonitor):
         images: Images, or `(images, labels)`, or anything that yields such batches, always the
             same; some hundreds to thousands. Of the kind on which the backbone must stay good.
         action: `"stop"`: training ends. `"restore"`: and the model gets back the weights it had
-            when it was last (with labels: most) within bounds; the optimizer's state is left.
+            when it was last (with labels: most) within bounds; the optimizer and the count of
+            steps are left, and so are files that other callbacks have written. A loss that is not
+            finite ends `fit` by an error before, and nothing is put back.
         max_drop: Float in [0, 1). How far the accuracy may fall.
         max_rank_drop: Float in [0, 1). Share of its first value that the rank may lose.
         min_agreement: Float in [0, 1]. Agreement that must remain.
@@ -137,7 +140,7 @@ class Guard(FeatureMonitor):
             return
         super()._record(epoch)
         record, limits = self.records[-1], self.limits()
-        broken = [name for name, limit in limits.items() if record[name] < limit - 1e-6]
+        broken = [name for name, limit in limits.items() if not record[name] >= limit - 1e-6]
         if broken:
             self.alarm = self.alarm_of(record, limits, broken)
             announce(self.alarm, self.path)
@@ -165,7 +168,7 @@ class Guard(FeatureMonitor):
         )
         since = self._best[1] if self._best else self.records[0]
         then = "Training stops"
-        if self.action == "restore":
+        if self._best:
             then += f" and the weights of step {since['step']} are put back"
         optimizer = self.model.optimizer
         rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
@@ -185,13 +188,18 @@ class Guard(FeatureMonitor):
     def on_train_end(self, logs=None):
         # Not before: on JAX the weights live in the loop of `fit`.
         if self.alarm is not None and self._best is not None:
+            step = int(self.model.step)
             self.model.set_weights(self._best[2])
+            self.model.step.assign(step)
 
 
 def values_of(features, first, labels, k):
     """What `Guard` logs: features `(n, D)` beside those of the start `(n, D)`."""
+    if not np.isfinite(features).all():
+        names = ("guard_rankme", "guard_agreement") if labels is None else ("guard_knn",)
+        return dict.fromkeys(names, math.nan)
     if labels is not None:
-        bank, queries = slice(0, None, 2), slice(1, None, 2)
+        bank, queries = np.array_split(np.random.default_rng(0).permutation(len(features)), 2)
         accuracy = knn_accuracy(
             features[bank], labels[bank], features[queries], labels[queries], k=k
         )

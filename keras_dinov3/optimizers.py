@@ -358,7 +358,8 @@ class AdamW(keras.optimizers.Optimizer):
             decay *= self.head_decay_multiplier
         if not self._use_weight_decay(variable):  # the user's `exclude_from_weight_decay`
             decay = 0.0
-        return Multipliers(rate, decay, role.kind == "last_layer", role.part == "backbone")
+        is_backbone = role.part.endswith("backbone")  # also of one student of several
+        return Multipliers(rate, decay, role.kind == "last_layer", is_backbone)
 
 
 def _updated(

@@ -6,11 +6,10 @@ import keras
 from keras import ops
 
 from keras_dinov3.encoder import encode, grid_of, merge
-from keras_dinov3.families import check_backbone, patch_size_of
+from keras_dinov3.families import patch_size_of
 from keras_dinov3.losses import l2_normalize
-from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_range, value_at
-from keras_dinov3.terms import Term, check_frozen, frozen_copy
+from keras_dinov3.terms import Term, check_frozen, frozen_copy, own_backbone
 
 DISTANCES = ("cosine", "squared")
 
@@ -24,12 +23,12 @@ class Preserve(Term):
     (masked) crops are to stay near its own.
 
     `DINOv3(..., preserve=Preserve(...))` uses it, saves the frozen backbone with the model and logs
-    `preservation_loss`. At the weight 0 there is neither backbone nor loss.
+    `preservation_loss`. At the weight 0 there is no loss, and no copy of the student is made.
 
     Args:
-        source: The frozen backbone, of the student's width: a Keras Hub backbone, or the name or
-            folder of a preset. `None`: a copy of the student and its `EncoderExtras` as they are
-            when the model is made.
+        source: The frozen backbone, of the student's width: a copy of a Keras Hub backbone, or the
+            name or folder of a preset. `None`: a copy of the student and its `EncoderExtras` as
+            they are when the model is made.
         weight: Number or schedule. Weight of the loss.
         distance: `"cosine"`: one minus the cosine similarity; or `"squared"`: the mean over the
             features of their squared differences.
@@ -47,11 +46,7 @@ class Preserve(Term):
             raise ValueError(
                 f"`distance` must be one of {DISTANCES}. Received: distance={distance!r}."
             )
-        if isinstance(source, str):
-            source = read_preset(source)
-        if source is not None:
-            check_backbone(source)
-        self.source = source
+        self.source = None if source is None else own_backbone(source)
         self.weight = weight
         self.distance = distance
 

@@ -176,6 +176,12 @@ def resume(output, images=None, test=None, verbose="auto"):
         )
     settings = json.loads((output / "settings.json").read_text())
     recipe, seed = recipe_of(settings["recipe"]), settings["seed"]
+    guard, alarms = settings.get("guard"), output / "alarms.jsonl"
+    if alarms.exists() and '"kind": "unlearns"' in alarms.read_text():
+        raise ValueError(
+            f"The guard has ended the run in {output}, and says in alarms.jsonl why. Begin another "
+            "in another folder, by what it says to try."
+        )
     model = keras.saving.load_model(checkpoint)
     epochs, total_steps = recipe.plan["epochs"], recipe.total_steps
     if int(model.step) >= total_steps and (output / "backbone").exists():
@@ -186,7 +192,6 @@ def resume(output, images=None, test=None, verbose="auto"):
             "A resumed run needs the images that it began with. Received: "
             f"{len(sides[0].files)} images, where there were {recipe.plan['num_images']}."
         )
-    guard = settings["guard"]
     return train(model, sides, output, epochs, seed, guard, verbose, resumes=True)
 
 
@@ -209,14 +214,17 @@ def train(model, sides, output, epochs, seed, guard, verbose, resumes=False):
     ]
     if guard is not None:
         paths = {"path": output / "alarms.jsonl", "start_path": output / "guard.npz"}
-        callbacks.append(Guard(ranked, guard, every=every, feature=FEATURE, **paths))
+        k = min(10, max(len(ranked.files) // 2 - 1, 1))
+        guard = Guard(ranked, guard, every=every, k=k, feature=FEATURE, **paths)
+        callbacks.append(guard)
+    checkpoint = Checkpoint(output / "checkpoint.keras")
     can_draw = importlib.util.find_spec("matplotlib") is not None
     if can_draw:
         shown = all_of(some_of(data if queries is None else queries, NUM_SHOWN, seed))
         callbacks.append(Pictures(shown, output / "pictures", max(epochs // NUM_PICTURES, 1)))
     callbacks += [
         keras.callbacks.CSVLogger(output / "log.csv", append=resumes),
-        Checkpoint(output / "checkpoint.keras"),
+        checkpoint,
     ]
     if queries is not None:
         knn = KNN(neighbours, queries, every, feature=FEATURE)
@@ -224,6 +232,8 @@ def train(model, sides, output, epochs, seed, guard, verbose, resumes=False):
     first = int(model.step) // len(data)
     if first < epochs:
         model.fit(data, epochs=epochs, initial_epoch=first, callbacks=callbacks, verbose=verbose)
+    if guard is not None and guard.alarm is not None:
+        checkpoint.save(model)  # the weights that were put back
     model.export_backbone().save_to_preset(str(output / "backbone"))
     if can_draw:
         write_report(output)
@@ -310,8 +320,11 @@ class Checkpoint(keras.callbacks.Callback):
         self.path = path
 
     def on_epoch_end(self, epoch, logs=None):
+        self.save(self.model)
+
+    def save(self, model):
         new = self.path.with_name("unfinished.keras")
-        self.model.save(new)
+        model.save(new)
         os.replace(new, self.path)
 
 

@@ -291,7 +291,10 @@ def get(name):
     try:
         with open(name, encoding="utf-8") as file:
             config = json.load(file)
-        return Recipe.from_config(config.get("recipe", config))
+        config = config.get("recipe", config)
+        if "sizes" in config:
+            raise ValueError("it is of a run of `adapt`. Go on with that by its `--backbone`")
+        return Recipe.from_config(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} holds no recipe: {error}") from error
 

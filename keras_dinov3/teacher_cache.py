@@ -332,6 +332,11 @@ def check_augmentation(augmentation):
             "`augmentation` must be a `MultiCrop`, whose global crops are cached. "
             f"Received: augmentation={augmentation!r}."
         )
+    if len(augmentation.crop_sizes) > 1:
+        raise ValueError(
+            "A cache holds crops of one size. Received: `MixedCrops` of "
+            f"{len(augmentation.crop_sizes)} sizes. Give a `MultiCrop`."
+        )
 
 
 def check_images(images, channels):

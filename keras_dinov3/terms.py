@@ -3,7 +3,8 @@
 import keras
 
 from keras_dinov3.extras import extras_for
-from keras_dinov3.families import channels_of, copy_of
+from keras_dinov3.families import channels_of, check_backbone, copy_of
+from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import is_zero
 
 TERMS = ("gram", "alignment", "preserve")  # arguments of `DINOv3`
@@ -121,14 +122,19 @@ def frozen_copy(backbone, extras, name):
     return copy, own
 
 
+def own_backbone(source):
+    """A frozen backbone of its own: a copy of a given one, or that of a preset."""
+    if isinstance(source, str):
+        backbone = read_preset(source)
+    else:
+        check_backbone(source)
+        backbone = copy_of(source)
+    backbone.trainable = False
+    return backbone
+
+
 def check_frozen(name, backbone, model):
     """Says why a backbone cannot be the frozen one of an argument `name` of a model."""
-    if backbone in (model.student, model.teacher):
-        raise ValueError(
-            f"The backbone of `{name}` stays as it is, so it must be one of its own. Received: "
-            "the model's own backbone or teacher. Copy it: "
-            "`type(backbone).from_config(backbone.get_config())`, then `set_weights`."
-        )
     if channels_of(backbone) != channels_of(model.student):
         raise ValueError(
             f"The backbone of `{name}` sees the student's images, so it needs their channels. "

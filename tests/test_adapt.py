@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
         augmentation={"global_crop_size": 16, "local_crop_size": 8, "num_local_crops": 1},
         model={"num_prototypes": 12, "head_hidden_dim": 16, "head_bottleneck_dim": 8},
         optimizer={"weight_decay": {"peak": 0.04, "end": 0.2}},
+        gram={"weight": 1.0},  # which the adapted backbone's own anchor replaces
     )
     recipe = recipe.changed(augmentation={"mean": MEAN, "std": STD}).suggest(32, 8, 3, 24)
     model = recipe.build(seed=1)

@@ -315,6 +315,23 @@ def test_what_differs_is_not_shared():
     assert len(set(centered.target_keys.values())) == 2  # each moves its own center
 
 
+def test_students_may_share_the_layers_that_make_views(tmp_path):
+    layers = {"augmentation": tiny.multi_crop(), "masking": kd.RandomMasking(0.3)}
+    model = kd.MultiDistillation(students({**teaching(), **layers}))
+    model.save(tmp_path / "model.keras")
+    assert list(keras.saving.load_model(tmp_path / "model.keras").students) == ["small", "base"]
+
+
+def test_the_backbones_of_all_students_wait_for_their_heads():
+    model = kd.MultiDistillation(students())
+    optimizer = kd.AdamW(1e-3, freeze_backbone_steps=5)
+    optimizer.build(model.trainable_variables)
+    for name, one in model.students.items():
+        for part, waits in ((one.student, True), (one.student_dino_head, False)):
+            for weight in part.trainable_variables:
+                assert optimizer.multipliers(weight).is_backbone == waits, (name, weight.path)
+
+
 def test_patch_sizes_may_differ_without_patch_losses():
     shared = {**teaching(), "ibot_weight": 0, "masking": None}
     fine = tiny.model(backbone=tiny.backbone(patch_size=4), **shared)

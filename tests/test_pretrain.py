@@ -268,6 +268,10 @@ def test_a_backbone_goes_on_under_a_guard(finished, command, tmp_path, capsys):
     new = settings["recipe"]["settings"]
     assert new["augmentation"]["mean"] == kept["augmentation"]["mean"]
     assert new["backbone"]["preset"] == str((folder / "backbone").resolve())
+    with open(tmp_path / "run" / "alarms.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "unlearns", "message": "k-NN fell"}) + "\n")
+    assert cli.main(["pretrain", "--resume", "--output", str(tmp_path / "run")]) == 2
+    assert "The guard has ended the run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -286,7 +290,7 @@ def test_a_backbone_goes_on_under_a_guard(finished, command, tmp_path, capsys):
         ({"images": None}, "`--images` is needed"),
         ({"recipe": "continue"}, "no `preset`.*give the command a `--backbone`"),
         ({"backbone": "missing"}, "`--backbone` has the recipe `continue`. Received: --recipe"),
-        ({"guard": "stop"}, "`--guard` is for a `--backbone`"),
+        ({"guard": "stop"}, "Received: --guard stop without `--backbone`"),
         ({"output": None}, "`--output` is needed"),
     ],
 )

@@ -156,6 +156,7 @@ def test_wrong_arguments(tmp_path):
     for config, message in (
         ({"teacher": broken, "dtype": "float16"}, "must be finite in float16"),
         ({"augmentation": None}, "`augmentation` must be a `MultiCrop`"),
+        ({"augmentation": kd.MixedCrops([(16, 8), (24, 8)])}, "crops of one size. Received: .* 2"),
         ({"views": 0}, "`views`"),
         ({"dtype": "bfloat16"}, "`dtype` must be"),
         (

@@ -89,3 +89,18 @@ def test_a_term_must_say_what_it_compares():
     for call in (term.log_weights, lambda: term.see({}, None, None, None, 0)):
         with pytest.raises(NotImplementedError):
             call()
+
+
+def test_one_backbone_serves_two_terms_and_stays_the_users(tmp_path):
+    backbone = tiny.backbone()
+    model = tiny.model(gram=kd.GramAnchor(backbone), preserve=kd.Preserve(backbone))
+    assert all(weight.trainable for weight in backbone.weights)
+    sides = model.gram.backbone, model.preserve.backbone
+    for side in sides:
+        assert side is not backbone and not side.trainable
+        for a, b in zip(side.get_weights(), backbone.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for a, b in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(numpy(a), numpy(b))
