@@ -154,11 +154,6 @@ class PatchAlignment(Term):
             "weight": keras.saving.serialize_keras_object(self.weight),
         }
 
-    @classmethod
-    def from_config(cls, config):
-        weight = keras.saving.deserialize_keras_object(config["weight"])
-        return cls(**{**config, "weight": weight})
-
 
 def patch_kernel_alignment_loss(y_true, y_pred, weights=None):
     """One minus the linear centred kernel alignment (CKA) of two sets of patch features.

@@ -60,6 +60,19 @@ def add_convert(commands):
     return command
 
 
+def add_run(command):
+    """The flags of every command that trains; returns what adds more."""
+    add = command.add_argument
+    add("--images", help="folder or tar file of images; needed unless it is a --resume")
+    add("--output", help="folder for the run; needed unless it is a --dry-run")
+    add("--test", help="folder or tar file with the same subfolders, for k-NN")
+    add("--batch-size", type=int, help="images in one update. Default: 64")
+    add("--seed", type=int, help="default: 0")
+    add("--resume", action="store_true", help="go on with the run in --output")
+    add("--dry-run", action="store_true", help="print the settings and why, and train nothing")
+    return add
+
+
 def add_pretrain(commands):
     command = commands.add_parser(
         "pretrain",
@@ -68,10 +81,7 @@ def add_pretrain(commands):
         "subfolders, these are taken for classes, and k-NN says during the run how good the "
         "features are; training does not see them.",
     )
-    add = command.add_argument
-    add("--images", help="folder or tar file of images; needed unless it is a --resume")
-    add("--output", help="folder for the run; needed unless it is a --dry-run")
-    add("--test", help="folder or tar file with the same subfolders, for k-NN")
+    add = add_run(command)
     add(
         "--recipe",
         help=f"{', '.join(recipes.RECIPES)}, or the path of a JSON file that holds one, such as a "
@@ -84,13 +94,9 @@ def add_pretrain(commands):
         help="with --backbone, when features become worse than they were: stop, or put the best "
         "weights back and stop. Default: restore",
     )
-    add("--batch-size", type=int, help="images in one update. Default: 64")
     add("--epochs", type=int, help="default: 100")
     add("--image-size", type=int, nargs="+", metavar="PIXELS", help="one side, or height and width")
     add("--dtype", help="of the computation: float32, mixed_bfloat16. Default: the recipe's")
-    add("--seed", type=int, help="default: 0")
-    add("--resume", action="store_true", help="go on with the run in --output")
-    add("--dry-run", action="store_true", help="print the settings and why, and train nothing")
     add("--json", action="store_true", help="print them as JSON, to be edited, for --recipe")
     return command
 
@@ -103,11 +109,8 @@ def add_adapt(commands):
         "several sizes, while a Gram anchor holds its patches' similarities to those of the "
         "backbone as it was. Writes a run's folder as pretrain does.",
     )
-    add = command.add_argument
+    add = add_run(command)
     add("--backbone", help="folder of a run, whose settings and heads go on too, or a preset")
-    add("--images", help="folder or tar file of images; needed unless it is a --resume")
-    add("--output", help="folder for the run; needed unless it is a --dry-run")
-    add("--test", help="folder or tar file with the same subfolders, for k-NN")
     add(
         "--sizes",
         help="pixels of global, local and Gram crops, one of which is drawn for each update, such "
@@ -116,7 +119,6 @@ def add_adapt(commands):
     add("--probabilities", help="of the sizes, such as 0.7,0.3. Default: all alike")
     add("--gram-weight", type=float, help="of the Gram loss; 0 for no anchor. Default: 2")
     add("--learning-rate", type=float, help="default: a tenth of that of a new training")
-    add("--batch-size", type=int, help="images in one update. Default: 64")
     add("--epochs", type=int, help="default: 10")
     add(
         "--image-size",
@@ -126,7 +128,4 @@ def add_adapt(commands):
         help="one side, or height and width, before crops are cut. Default: the largest crop's",
     )
     add("--dtype", help="of the computation: float32, mixed_bfloat16. Default: the run's")
-    add("--seed", type=int, help="default: 0")
-    add("--resume", action="store_true", help="go on with the run in --output")
-    add("--dry-run", action="store_true", help="print the settings and why, and train nothing")
     return command

@@ -299,14 +299,6 @@ class GramAnchor(Term):
             "weight": keras.saving.serialize_keras_object(self.weight),
         }
 
-    @classmethod
-    def from_config(cls, config):
-        objects = {
-            name: keras.saving.deserialize_keras_object(config[name])
-            for name in ("source", "weight")
-        }
-        return cls(**{**config, **objects})
-
 
 def check_options(source, refresh_every, max_refreshes, resolution_scale, tokens, per_image):
     """Says which arguments of a `GramAnchor` cannot be."""

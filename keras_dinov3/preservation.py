@@ -92,14 +92,6 @@ class Preserve(Term):
             "distance": self.distance,
         }
 
-    @classmethod
-    def from_config(cls, config):
-        objects = {
-            name: keras.saving.deserialize_keras_object(config[name])
-            for name in ("source", "weight")
-        }
-        return cls(**{**config, **objects})
-
 
 def class_token_distance(y_true, y_pred, distance="cosine"):
     """How far class tokens are from others.

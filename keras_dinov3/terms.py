@@ -103,6 +103,14 @@ class Term(keras.layers.Layer):
     def follow(self, model, ticks):
         """Changes what it keeps after an update, when `ticks` is 1."""
 
+    @classmethod
+    def from_config(cls, config):
+        objects = {
+            name: keras.saving.deserialize_keras_object(config[name])
+            for name in config.keys() & {"source", "weight"}
+        }
+        return cls(**{**config, **objects})
+
 
 def terms_of(model):
     """The terms that `model` has, by the names of its arguments, without those of weight 0."""
