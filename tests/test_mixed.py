@@ -210,7 +210,6 @@ def test_without_a_seed_the_model_draws_one_and_saves_it(tmp_path):
     assert loaded.seed is None and drawn(loaded, range(50)) == drawn(model, range(50))
 
 
-@pytest.mark.skipif(TRACES, reason="three compiled models; the draws are tested above")
 def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(tmp_path):
     data = tiny.images(3 * tiny.B)
     whole = mixed_model()
@@ -221,9 +220,10 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(tmp_path):
     second = keras.saving.load_model(tmp_path / "model.keras")
     seen = watched(second)
     found = second.fit(data, batch_size=tiny.B, epochs=3, initial_epoch=2, verbose=0).history
-    assert list(map(as_pair, seen)) == [
-        as_pair(SIZES[index][0]) for index in drawn(whole, range(6, 9))
-    ]
+    if not TRACES:
+        assert list(map(as_pair, seen)) == [
+            as_pair(SIZES[index][0]) for index in drawn(whole, range(6, 9))
+        ]
     assert {name: values[-1] for name, values in expected.items()} == {
         name: values[0] for name, values in found.items()
     }
