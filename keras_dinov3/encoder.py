@@ -203,7 +203,7 @@ def embed(backbone, parts, images, masks, extras):
     patches = embed_patches(images, parts.projection, parts.patch_size, dtype)
     batch_size, num_patches, width = ops.shape(patches)
     if masks is not None:
-        mask_token = extras.mask_token if parts.mask_token is None else parts.mask_token
+        mask_token = parts.mask_token if extras.mask_token is None else extras.mask_token
         check_masks(backbone, mask_token, masks, (batch_size, num_patches))
         mask_token = ops.reshape(ops.cast(mask_token, dtype), (1, 1, width))
         patches = ops.where(ops.expand_dims(masks, -1), mask_token, patches)

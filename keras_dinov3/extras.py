@@ -6,7 +6,7 @@ import numbers
 import keras
 from keras import ops
 
-from keras_dinov3.families import parts_of
+from keras_dinov3.families import copy_of, parts_of
 from keras_dinov3.lora import check_lora
 from keras_dinov3.rope import rope_periods, rope_tables
 from keras_dinov3.schedules import check_count, check_range
@@ -38,7 +38,8 @@ class EncoderExtras(keras.layers.Layer):
             whose logarithm is from `U(-log j, log j)`.
         rope_rescale: Float `r > 1` or `None`. Both are multiplied by one such number.
         lora: `LoRA`, or `None`. Low-rank adapters of the backbone, whose own weights are frozen
-            then. `DINOv3(lora=...)` gives its own to the extras of student and teacher.
+            then; a copy of its mask token is not. `DINOv3(lora=...)` gives its own to the extras
+            of student and teacher.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Raises:
@@ -125,8 +126,11 @@ class EncoderExtras(keras.layers.Layer):
             shape = (1, self.num_register_tokens, width)
             initializer = keras.initializers.TruncatedNormal(stddev=0.02)
             self.register_tokens = self.add_weight(shape, initializer, name="register_tokens")
-        if parts.mask_token is None and not hasattr(backbone, "use_mask_token"):
+        own = parts.mask_token
+        if not hasattr(backbone, "use_mask_token") or (self.lora is not None and own is not None):
             self.mask_token = self.add_weight((1, 1, width), "zeros", name="mask_token")
+            if own is not None:  # it may be new, and a `lora` freezes it
+                self.mask_token.assign(ops.reshape(own, (1, 1, width)))
         for name in ("cls_norm", "local_cls_norm"):
             if getattr(self, f"untie_{name}"):
                 copy = type(parts.norm).from_config({**parts.norm.get_config(), "name": name})
@@ -195,6 +199,16 @@ class EncoderExtras(keras.layers.Layer):
             if self.rope_rescale is not None:
                 variation["log_rescale"] = draws[4] * math.log(self.rope_rescale)
         return rope_tables(grid_size, head_dim, theta, periods, self.rope_normalize, **variation)
+
+    def merged(self, backbone):
+        """A trainable copy of the backbone with what a `lora` has learned in its weights."""
+        if self.lora is None:
+            return copy_of(backbone)
+        copy = self.lora.merged(backbone)
+        mask_token = parts_of(copy).mask_token
+        if mask_token is not None:
+            mask_token.assign(ops.reshape(self.mask_token, mask_token.shape))
+        return copy
 
     def check_export(self, backbone):
         """Raises if features at inference need what `backbone`'s class has no place for."""

@@ -11,7 +11,6 @@ from keras_dinov3 import backend
 from keras_dinov3.batches import full_batches, inputs_of, is_arrays
 from keras_dinov3.callbacks import DataOrder, GramTeacher, StopOnNonFinite, TeacherEMA
 from keras_dinov3.checks import check_batch, check_teacher_ema, sizes_of
-from keras_dinov3.families import copy_of
 from keras_dinov3.mixed import MixedSteps, SizeOrder
 from keras_dinov3.presets import read_preset
 from keras_dinov3.schedules import check_count, is_zero
@@ -314,7 +313,7 @@ class ImageModel(keras.Model):
         """
         backbone, extras = self.learned
         extras.check_export(backbone)
-        return copy_of(backbone) if extras.lora is None else extras.lora.merged(backbone)
+        return extras.merged(backbone)
 
     @classmethod
     def arguments(cls):

@@ -187,14 +187,16 @@ def test_config():
 
 
 def test_what_trains_and_its_roles():
-    """Of the backbone the adapters, with the depths of their blocks; all else as ever."""
+    """Of the backbone the adapters, with the depths of their blocks, and the mask token, which
+    released weights may lack; all else as ever."""
     own = tiny.backbone()
     model = tiny.model(backbone=own, lora=kd.LoRA(R))
     assert model.student is own and not own.trainable_variables
     heads = model.student_dino_head.weights + model.student_ibot_head.weights
     adapters = model.student_extras.lora.weights
     assert len(adapters) == own.num_layers * 2 * 2
-    assert {id(v) for v in model.trainable_variables} == {id(v) for v in heads + adapters}
+    trained = [*heads, *adapters, model.student_extras.mask_token]
+    assert {id(v) for v in model.trainable_variables} == {id(v) for v in trained}
     optimizer = kd.AdamW(layerwise_decay=0.5)
     optimizer.build(model.trainable_variables)
     multipliers = [optimizer.multipliers(v) for v in adapters]
@@ -221,8 +223,14 @@ def trained(tmp_path_factory):
     ema = kd.callbacks.TeacherEMA(0.75)
     lora = kd.LoRA(R, 8, ("query", "value", "down"))
     optimizer = kd.AdamW(1e-2, part_clipnorm=3.0)
-    model = tiny.model(optimizer, lora=lora, teacher_ema=ema, remat="blocks", drop_path_rate=0.3)
-    before = {name: values(getattr(model, name).weights) for name in ("student", "student_extras")}
+    backbone = tiny.backbone()
+    randomize([backbone.embeddings.mask_token])  # a norm's gradient at zero outweighs all others
+    settings = {"lora": lora, "teacher_ema": ema, "remat": "blocks", "drop_path_rate": 0.3}
+    model = tiny.model(optimizer, backbone=backbone, **settings)
+    mask_token = values([backbone.embeddings.mask_token, model.student_extras.mask_token])
+    assert equal(*([x.ravel()] for x in mask_token))
+    before = {"student": model.student, "lora": model.student_extras.lora}
+    before = {name: values(part.weights) for name, part in before.items()}
     model.fit(tiny.images(), batch_size=tiny.B, verbose=0)
     model.save(path)
     return model, before, keras.saving.load_model(path)
@@ -237,8 +245,10 @@ def test_a_step_moves_the_adapters_alone(trained):
     for factors in lora.factors:  # `A` has no gradient while `B` is zero, only its decay
         assert all(np.abs(numpy(b)).max() > 1e-3 for _, b in factors.values())
     sides = values(lora.weights), values(model.teacher_extras.lora.weights)
-    for student, teacher, start in zip(*sides, before["student_extras"], strict=True):
+    for student, teacher, start in zip(*sides, before["lora"], strict=True):
         np.testing.assert_allclose(teacher, 0.75 * start + 0.25 * student, rtol=1e-5, atol=1e-7)
+    mask_token = values([model.student.embeddings.mask_token, model.student_extras.mask_token])
+    assert 1e-3 < np.abs(mask_token[0] - mask_token[1].reshape(mask_token[0].shape)).max() < 0.02
 
 
 def test_the_export_has_the_features_of_what_was_learned(trained):
@@ -251,6 +261,9 @@ def test_the_export_has_the_features_of_what_was_learned(trained):
     hub = numpy(exported({"pixel_values": ops.convert_to_tensor(images())}))
     np.testing.assert_allclose(hub, learned, atol=1e-4)
     assert np.abs(features(backbone, images()) - learned).max() > 1e-3
+    mask_token = values([extras.mask_token, exported.embeddings.mask_token])
+    assert equal(*([x.ravel()] for x in mask_token))
+    assert not equal(*(values([b.embeddings.mask_token]) for b in (exported, backbone)))
     pictures = np.random.default_rng(0).integers(0, 256, (2, *tiny.GLOBAL, 3), "uint8")
     maps = attention_maps(exported, pictures), attention_maps(backbone, pictures, extras=extras)
     np.testing.assert_allclose(*maps, atol=1e-5)
