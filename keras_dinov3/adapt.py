@@ -18,11 +18,12 @@ from keras_dinov3.optimizers import AdamW
 from keras_dinov3.presets import preset_of
 from keras_dinov3.pretrain import plan_run, recipe_of
 from keras_dinov3.recipes import Recipe, scheduled
+from keras_dinov3.suggestions import rate_for
 
 EPOCHS = 10
 # Of the optimizer, when the heads are those of the run.
 HEADS = {"freeze_last_layer_steps": 0, "freeze_backbone_steps": 0, "head_multiplier": 1.0}
-GRAM_WEIGHT = 2.0
+GRAM_WEIGHT, RATE = 2.0, 1e-4  # the rate for 128 images
 # For a preset, which does not tell how it was trained.
 SETTINGS = {
     "augmentation": {"num_local_crops": 8},
@@ -74,6 +75,9 @@ class Adaptation(Recipe):
         for side in ("global_crop_size", "local_crop_size"):
             settings["augmentation"].pop(side, None)
             reasons.pop(f"augmentation.{side}", None)
+        if "learning_rate" not in self.settings.get("optimizer", {}):
+            rate, reasons["optimizer.learning_rate"] = rate_for(batch_size, RATE)
+            settings["optimizer"]["learning_rate"] = rate
         return dataclasses.replace(found, settings=settings, reasons=reasons)
 
     def build(self, seed=None):
@@ -172,6 +176,7 @@ def plan_adaptation(
     settings["backbone"] = {
         "preset": preset,
         "patch_size": patch_size_of(loaded),
+        "hidden_dim": loaded.hidden_dim,
         "dtype": dtype or settings.get("backbone", {}).get("dtype", "float32"),
     }
     if learning_rate is not None:

@@ -35,6 +35,7 @@ from keras_dinov3.presets import normalization_of, preset_of, read_preset
 from keras_dinov3.schedules import WarmupCosine, check_count, check_range
 from keras_dinov3.suggestions import check_plan, suggestions
 
+OF_PRESET = ("patch_size", "hidden_dim")  # it has them; `suggest` needs them without it
 MASKINGS = {"block": BlockMasking, "random": RandomMasking}
 # Where each section's settings go; of a schedule the length in updates is the run's.
 SECTIONS = {
@@ -69,10 +70,10 @@ class Recipe:
         name: Text.
         summary: Text, one sentence: what it is for.
         settings: Dict from sections to their settings. `"backbone"`: `"class"`, the name of a
-            backbone in `keras_hub.models`, and its arguments, or `"preset"` and its `"patch_size"`,
-            see `continue_from`. `"masking"`:
-            `"kind"`, `"block"` or `"random"`, and the layer's arguments. Arguments of the same
-            name: `"augmentation"` of `MultiCrop`, `"model"` of `DINOv3`, `"extras"` of
+            backbone in `keras_hub.models`, and its arguments, or `"preset"` and its `"patch_size"`
+            and `"hidden_dim"`, see `continue_from`. `"masking"`: `"kind"`, `"block"` or
+            `"random"`, and the layer's arguments. Arguments of the same name:
+            `"augmentation"` of `MultiCrop`, `"model"` of `DINOv3`, `"extras"` of
             `EncoderExtras`, `"lora"` of `LoRA`, `"gram"` of `GramAnchor`, `"alignment"` of
             `PatchAlignment`, `"preserve"` of `Preserve`, `"teacher"` of `callbacks.TeacherEMA`,
             `"optimizer"` of `AdamW`.
@@ -189,8 +190,8 @@ class Recipe:
         if self.plan is not None:
             shape["image_shape"] = (*self.plan["image_size"], 3)
         if "preset" in settings:
-            settings.pop("patch_size", None)  # it is the preset's
-            return read_preset(settings.pop("preset"), **settings, **shape)
+            arguments = {k: v for k, v in settings.items() if k not in ("preset", *OF_PRESET)}
+            return read_preset(settings["preset"], **arguments, **shape)
         self.check_backbone()
         return getattr(keras_hub.models, settings.pop("class"))(**{**settings, **shape})
 
@@ -299,14 +300,14 @@ def get(name):
         raise ValueError(f"{name} holds no recipe: {error}") from error
 
 
-def continue_from(preset, gram_weight=1.0, preservation_weight=1.0, lora_rank=None):
+def continue_from(preset, gram_weight=0.1, preservation_weight=0.1, lora_rank=None):
     """The recipe for going on from released weights without ruining them.
 
     Released backbones come without heads. New heads learn on the frozen backbone first
-    (`freeze_backbone_steps`); then it follows with a small rate, smaller the further down
-    (`layerwise_decay`), and a slow teacher. Patch similarities are held to those at the start by a
-    `GramAnchor`, class tokens by `Preserve`; with a `LoRA` only low-rank adapters train. What is
-    left to chance, `callbacks.Guard` watches.
+    (`freeze_backbone_steps`); then it follows with a rate that is smaller the wider it is and the
+    further down (`layerwise_decay`), under a slow teacher. Patch similarities are held to those at
+    the start by a `GramAnchor`, class tokens by `Preserve`; with a `LoRA` only low-rank adapters
+    train. What is left to chance, `callbacks.Guard` watches.
 
     ```python
     recipe = kd.recipes.continue_from("runs/mine").suggest(
@@ -319,9 +320,10 @@ def continue_from(preset, gram_weight=1.0, preservation_weight=1.0, lora_rank=No
     Args:
         preset: Name or folder of a Keras Hub preset, or folder of a run of `keras-dinov3 pretrain`,
             whose normalisation of images is taken too.
-        gram_weight: Number. Weight of the Gram loss; with 0 there is none.
+        gram_weight: Number. Weight of the Gram loss; with 0 there is none. With 1 the backbone
+            hardly changes.
         preservation_weight: Number. Weight of the loss that keeps class tokens; with 0 there is
-            none.
+            none. As for `gram_weight`.
         lora_rank: Int. Rank of adapters of all attention projections. `None`: the backbone itself
             trains.
 
@@ -342,7 +344,11 @@ def continue_from(preset, gram_weight=1.0, preservation_weight=1.0, lora_rank=No
     check_backbone(backbone)
     width = backbone.hidden_dim
     sections = {
-        "backbone": {"preset": preset, "patch_size": patch_size_of(backbone)},
+        "backbone": {
+            "preset": preset,
+            "patch_size": patch_size_of(backbone),
+            "hidden_dim": width,
+        },
         "model": {
             "head_hidden_dim": min(2 * width, 2048),
             "head_bottleneck_dim": min(width // 2, 256),

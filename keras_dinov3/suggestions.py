@@ -9,7 +9,7 @@ PATCH_SIZES = (16, 8, 4, 2)
 PATCHES_PER_SIDE = 8  # at least, where the patch size is free
 LONG_RUN = 20_000  # updates from which the methods' own temperatures work
 IMAGES_PER_PROTOTYPE = 64
-CONTINUED_RATE, CONTINUED_MOMENTUM = 1e-4, 0.998  # of a backbone that has weights
+USUAL_WIDTH = 768  # of a backbone that has weights
 
 
 def check_plan(num_images, batch_size, epochs, image_size):
@@ -76,18 +76,17 @@ def suggestions(settings, plan):
             total_steps // 100,
             "a hundredth of the run, as one epoch of a hundred",
         ),
-        **(gently(total_steps, batch_size) if goes_on else {}),
+        **(gently(total_steps, batch_size, backbone.get("hidden_dim")) if goes_on else {}),
     }
 
 
-def gently(total_steps, batch_size):
+def gently(total_steps, batch_size, width):
     """What a backbone needs that knows something already, under heads that do not."""
+    width = width or USUAL_WIDTH
+    rate, reason = rate_for(batch_size, 1e-3 * min(128 / width, 1))
     return {
-        "teacher.momentum": (
-            {"peak": CONTINUED_MOMENTUM, "end": 1.0},
-            f"high: the teacher remembers {1 / (1 - CONTINUED_MOMENTUM):.0f} updates and more",
-        ),
-        "optimizer.learning_rate": rate_for(batch_size, CONTINUED_RATE),
+        "teacher.momentum": momentum_for(total_steps, 1.0, least=0.95, most=0.998),
+        "optimizer.learning_rate": (rate, f"{reason}; less the wider the backbone, here {width}"),
         "optimizer.head_multiplier": (10.0, "the heads are new, the backbone is not"),
         "optimizer.layerwise_decay": (0.8, "what is near the pixels is needed for any images"),
         "optimizer.freeze_backbone_steps": (
@@ -161,8 +160,8 @@ def temperature_for(total_steps):
     return schedule, f"the recipe's; the warm-up is the first {share:.0%} of {total_steps} updates"
 
 
-def momentum_for(total_steps):
-    start = round(min(max(1 - 1.25 / math.sqrt(total_steps), 0.9), 0.994), 4)
+def momentum_for(total_steps, speed=1.25, least=0.9, most=0.994):
+    start = round(min(max(1 - speed / math.sqrt(total_steps), least), most), 4)
     horizon = 1 / (1 - start)
     return (
         {"peak": start, "end": 1.0},

@@ -142,6 +142,7 @@ def test_a_presets_heads_begin_anew(folder):
     assert found.settings["backbone"] == {
         "preset": str((folder / "run" / "backbone").resolve()),
         "patch_size": 8,
+        "hidden_dim": 24,
         "dtype": "mixed_bfloat16",
     }
     assert found.settings["optimizer"]["freeze_backbone_steps"] == 4

@@ -267,7 +267,7 @@ def test_continuing_warms_up_the_heads_and_then_moves_all(released):
     recipe = recipe.changed(model={"head_hidden_dim": 24, "num_prototypes": 16})
     model = recipe.build(seed=1)
     assert model.augmentation.mean == [0.1, 0.2, 0.3] and model.augmentation.std == [0.4, 0.5, 0.6]
-    assert model.gram.source == "teacher" and model.gram.weight == model.preserve.weight == 1.0
+    assert model.gram.source == "teacher" and model.gram.weight == model.preserve.weight == 0.1
     assert model.lora is None
     start = [numpy(weight) for weight in backbone.weights]
 

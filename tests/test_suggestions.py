@@ -67,11 +67,17 @@ def test_a_given_patch_size_decides_the_crops():
 
 
 def test_a_backbone_that_has_weights_is_treated_gently():
-    settings = {"backbone": {"preset": "some", "patch_size": 8}}
+    settings = {"backbone": {"preset": "some", "patch_size": 8, "hidden_dim": 1024}}
     new, old = (
         suggest(image_size=64, settings=x) for x in ({"backbone": {"patch_size": 8}}, settings)
     )
-    assert old["optimizer.learning_rate"]["peak"] < new["optimizer.learning_rate"]["peak"] / 5
+    rate = new["optimizer.learning_rate"]["peak"]
+    assert old["optimizer.learning_rate"]["peak"] == pytest.approx(rate / 8, abs=1e-8)
+    settings["backbone"].pop("hidden_dim")  # as if it were 768
+    old_of_usual_width = suggest(image_size=64, settings=settings)
+    assert old_of_usual_width["optimizer.learning_rate"]["peak"] == pytest.approx(
+        rate / 6, abs=1e-8
+    )
     assert old["teacher.momentum"]["peak"] > new["teacher.momentum"]["peak"]
     assert old["optimizer.freeze_backbone_steps"] > 0 and old["optimizer.layerwise_decay"] < 1
     assert not {"optimizer.freeze_backbone_steps", "optimizer.layerwise_decay"} & set(new)
