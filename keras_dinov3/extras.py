@@ -130,7 +130,7 @@ class EncoderExtras(keras.layers.Layer):
         if not hasattr(backbone, "use_mask_token") or (self.lora is not None and own is not None):
             self.mask_token = self.add_weight((1, 1, width), "zeros", name="mask_token")
             if own is not None:  # it may be new, and a `lora` freezes it
-                self.mask_token.assign(ops.reshape(own, (1, 1, width)))
+                self.mask_token.assign(reshaped_copy(own, (1, 1, width)))
         for name in ("cls_norm", "local_cls_norm"):
             if getattr(self, f"untie_{name}"):
                 copy = type(parts.norm).from_config({**parts.norm.get_config(), "name": name})
@@ -207,7 +207,7 @@ class EncoderExtras(keras.layers.Layer):
         copy = self.lora.merged(backbone)
         mask_token = parts_of(copy).mask_token
         if mask_token is not None:
-            mask_token.assign(ops.reshape(self.mask_token, mask_token.shape))
+            mask_token.assign(reshaped_copy(self.mask_token, mask_token.shape))
         return copy
 
     def check_export(self, backbone):
@@ -267,3 +267,8 @@ def extras_for(backbone, settings, name, lora=None):
     if lora is not None:
         config["lora"] = keras.saving.serialize_keras_object(lora)
     return EncoderExtras.from_config(config).build_for(backbone)
+
+
+def reshaped_copy(tensor, shape):
+    """A copy: JAX gives a step's buffers away, and cannot do so twice with one."""
+    return ops.copy(ops.reshape(tensor, shape))
