@@ -157,7 +157,8 @@ def test_lora_beside_full_training(tmp_path, monkeypatch):
     lora.main()
     full, adapted = json.loads(path.read_text())["rows"]
     assert (full["variant"], adapted["variant"]) == names
-    width, adapters = 192, 2 * 2 * 2 * 192  # of two projections, two matrices of rank 2
+    width = 192
+    adapters = 2 * 2 * 2 * width + width  # of two projections, two matrices of rank 2; mask token
     assert adapted["share"] == pytest.approx(full["share"] * adapters / full_weights(width))
     assert full["trainable"] - adapted["trainable"] == full_weights(width) - adapters
     for row in (full, adapted):
