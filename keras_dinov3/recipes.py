@@ -320,8 +320,8 @@ def continue_from(preset, gram_weight=0.1, preservation_weight=0.1, lora_rank=No
     Args:
         preset: Name or folder of a Keras Hub preset, or folder of a run of `keras-dinov3 pretrain`,
             whose normalisation of images is taken too.
-        gram_weight: Number. Weight of the Gram loss; with 0 there is none. With 1 the backbone
-            hardly changes.
+        gram_weight: Number. Weight of the Gram loss; with 0 there is none. With 1 a short
+            run learned nothing new.
         preservation_weight: Number. Weight of the loss that keeps class tokens; with 0 there is
             none. As for `gram_weight`.
         lora_rank: Int. Rank of adapters of all attention projections. `None`: the backbone itself

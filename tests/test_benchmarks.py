@@ -19,11 +19,6 @@ import sizes
 import step
 from measure import Setting
 
-on_torch = pytest.mark.skipif(
-    keras.backend.backend() != "torch",
-    reason="XLA compiles for minutes what the script times; the scripts know no backend",
-)
-
 TINY = {
     "size": "Ti",
     "num_layers": 1,
@@ -111,7 +106,6 @@ def test_step_times_every_part(tmp_path, monkeypatch, capsys):
     assert "utilisation" in capsys.readouterr().out
 
 
-@on_torch
 def test_scaling_fits_an_axis(tmp_path, monkeypatch):
     path = tmp_path / "scaling.json"
     arguments = flags(json=path, rounds=1)
@@ -147,7 +141,6 @@ def test_knn_beside_scikit_learn(tmp_path, monkeypatch):
     assert small["median"] > 0 and whole["median"] > 0 and whole["memory"] >= 0
 
 
-@on_torch
 def test_lora_beside_full_training(tmp_path, monkeypatch):
     path = tmp_path / "lora.json"
     names = "full", "query, value"
