@@ -8,7 +8,7 @@ from keras_dinov3 import backend
 from keras_dinov3.checks import check_batch
 from keras_dinov3.image_model import ImageModel
 from keras_dinov3.model import DINOv3
-from keras_dinov3.optimizers import set_roles
+from keras_dinov3.roles import set_roles
 from keras_dinov3.schedules import is_zero
 from keras_dinov3.targets import targets_of
 from keras_dinov3.terms import terms_of

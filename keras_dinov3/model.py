@@ -21,8 +21,8 @@ from keras_dinov3.image_model import ImageModel, spread
 from keras_dinov3.known_tokens import known_tokens
 from keras_dinov3.losses import koleo_loss
 from keras_dinov3.masking import BlockMasking, masked_slots
-from keras_dinov3.optimizers import set_roles
 from keras_dinov3.prototypes import dino_losses, ibot_losses, project, project_all
+from keras_dinov3.roles import set_roles
 from keras_dinov3.schedules import is_zero, value_at
 from keras_dinov3.targets import make_targets, targets_of
 from keras_dinov3.terms import merged, terms_of

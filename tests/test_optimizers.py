@@ -10,7 +10,7 @@ from golden import Golden, close, numpy
 from keras import ops
 
 import keras_dinov3 as kd
-from keras_dinov3.optimizers import Role
+from keras_dinov3.roles import Role
 from keras_dinov3.schedules import value_at
 
 BACKEND = keras.config.backend()
